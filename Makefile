@@ -1,0 +1,33 @@
+# The commands that never change: make demo, make test, make check, make bench.
+# Each installs what it needs first (deploy/bootstrap.sh), so a fresh machine needs nothing but make, Python and root.
+SHELL := /bin/bash
+PY := .venv/bin/python
+BENCH ?= cold
+
+.PHONY: demo test check bench format clean
+
+.venv/.installed-%: pyproject.toml deploy/bootstrap.sh
+	bash deploy/bootstrap.sh $*
+	@touch $@
+
+demo: .venv/.installed-demo
+	$(PY) -m manta demo
+
+test: .venv/.installed-dev
+	$(MAKE) --no-print-directory check
+	$(PY) -m pytest
+
+check: .venv/.installed-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: .venv/.installed-bench
+	$(PY) -m benchmarks $(BENCH) --json benchmarks/results/$(BENCH).json
+
+format: .venv/.installed-dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

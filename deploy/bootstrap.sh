@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Installs what Manta needs on this machine: Debian packages (as root), then a virtual environment in .venv with
+# the package and one group of extras. Called by the Makefile; safe to run again: what is there is left alone.
+#   bash deploy/bootstrap.sh demo|dev|bench
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra="${1:?which extras: demo, dev or bench}"
+
+# fuse3: fusermount3. libfuse3-dev, pkg-config, gcc: pyfuse3 comes from PyPI as source. iproute2: tests and
+# benchmarks put the hub in a network namespace.
+packages=(fuse3 libfuse3-dev pkg-config gcc)
+[ "$extra" = demo ] || packages+=(iproute2 curl)
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+  if ! command -v apt-get >/dev/null; then
+    echo "Manta needs these packages, and this machine has no apt-get: ${missing[*]}. Install them with its own package manager, then run this again." >&2
+    exit 1
+  fi
+  if [ "$(id -u)" -ne 0 ]; then
+    echo "Manta needs these packages: run 'sudo apt-get install ${missing[*]}', then this again." >&2
+    exit 1
+  fi
+  echo "installing ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+if [ ! -x .venv/bin/python ]; then
+  python="${PYTHON:-python3}"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Manta needs Python 3.11 or newer; $("$python" --version) is here. Set PYTHON=/path/to/python3.11." >&2
+    exit 1
+  }
+  "$python" -m venv .venv || {
+    echo "No virtual environment could be made: install python3-venv, then run this again." >&2
+    exit 1
+  }
+fi
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"

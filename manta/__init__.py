@@ -1,0 +1,3 @@
+"""Manta: a FUSE model-distribution filesystem."""
+
+__version__ = "0.1.0"
