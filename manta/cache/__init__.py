@@ -1,0 +1,1 @@
+"""The chunk cache on disk."""

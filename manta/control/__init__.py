@@ -1,0 +1,1 @@
+"""The control API: the unix-socket interface between the daemon and its clients."""

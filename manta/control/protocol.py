@@ -1,0 +1,177 @@
+"""The control API's requests and answers, here and only here: what `manta.control.server` and `manta.control.client` exchange.
+
+HTTP/1.1 with JSON bodies over a unix socket in the daemon's runtime directory (mode 0600). An error is a 4xx/5xx with an `Error` body.
+Sizes are bytes, rates bytes per second, times seconds since the epoch unless the name says otherwise.
+
+    GET    /v1/status                    -> Status
+    POST   /v1/mounts        MountRequest -> Mount        creates the directory; the caller binds it
+    POST   /v1/mounts/ID/bound   Bound    -> Mount        the caller has bound it to this directory
+    DELETE /v1/mounts/ID                 -> Mount         the caller has unbound it (or gives up)
+    POST   /v1/prefetch   PrefetchRequest -> Job
+    GET    /v1/jobs/ID                   -> Job
+    DELETE /v1/jobs/ID                   -> Job           cancels it; what is fetched stays
+    GET    /v1/cache                     -> CacheListing
+    POST   /v1/cache/verify CacheSelection -> Job
+    POST   /v1/cache/pin    CacheSelection -> CacheListing
+    POST   /v1/cache/unpin  CacheSelection -> CacheListing
+    POST   /v1/cache/rm     CacheSelection -> Removal
+    POST   /v1/cache/gc     GcRequest      -> Removal
+    POST   /v1/shutdown                  -> Status        unmounts everything and exits
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+BODY_BYTES_MAX = 16 * 1024 * 1024
+"""Bound on one body in either direction: a listing of 50,000 blobs with their names is about 10 MB."""
+
+View = Literal["tree", "hub-cache"]
+VIEWS: tuple[View, ...] = ("tree", "hub-cache")
+
+
+class Error(msgspec.Struct, frozen=True):
+    """`code` is one of `manta.errors.BY_CODE`; `message` is a sentence for a person."""
+
+    code: str
+    message: str
+
+
+class MountRequest(msgspec.Struct, frozen=True):
+    """`target` as `manta.model.ids.parse_target` reads it; empty for the whole hub."""
+
+    target: str = ""
+    directory: str = ""
+    """Where the caller will bind it: absolute, shown by status, and watched for in mountinfo."""
+    view: View = "tree"
+    token: str = ""
+    """The caller's own token for the hub; empty: the daemon's. Kept in memory only."""
+
+
+class Bound(msgspec.Struct, frozen=True):
+    directory: str
+
+
+class Mount(msgspec.Struct, frozen=True):
+    id: str
+    target: str
+    """As asked; empty for the whole hub."""
+    revision: str
+    commit: str
+    """Empty for the whole hub, where each repo's commit is frozen at its first lookup."""
+    view: View
+    source: str
+    """The directory of the daemon's mount that holds it; equal to `directory` where the mount is direct (no root)."""
+    directory: str
+    files: int
+    size: int
+    cached: int
+    stale: bool
+    """The commit comes from the cache because the hub could not be asked."""
+    errors: list[str]
+    """The latest sentences about reads that failed, newest last, at most 8."""
+
+
+class FileTransfer(msgspec.Struct, frozen=True):
+    """A blob that is being fetched now."""
+
+    blob: str
+    name: str
+    """One path by which it was asked for: REPO/PATH."""
+    size: int
+    cached: int
+
+
+class Status(msgspec.Struct, frozen=True):
+    version: str
+    pid: int
+    started: float
+    cache_dir: str
+    runtime_dir: str
+    endpoint: str
+    offline: bool
+    fuse: str
+    """The session that serves FUSE, such as "pyfuse3"."""
+    ephemeral: bool
+    """Whether it exits by itself when its last mount and job are gone."""
+    mounts: list[Mount]
+    transfers: list[FileTransfer]
+    cache_bytes: int
+    cache_limit: int
+    """0: no limit."""
+    disk_free: int
+    origin_rate: float
+    """Bytes per second from the origin, over the last few seconds."""
+    origin_bytes: int
+    """Bytes taken from the origin since the daemon started."""
+    read_bytes: int
+    """Bytes served to readers since the daemon started; reads that the kernel's page cache served never arrive here."""
+    workers: int
+    errors: list[str]
+    """The latest sentences, newest last, at most 16."""
+
+
+class PrefetchRequest(msgspec.Struct, frozen=True):
+    target: str
+    token: str = ""
+
+
+JobState = Literal["running", "done", "failed", "cancelled"]
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Work the daemon does on its own: a prefetch, a verification. Kept for 10 minutes after its end."""
+
+    id: str
+    kind: Literal["prefetch", "verify"]
+    state: JobState
+    name: str
+    """What it works on, for a person: REPO@COMMIT, or "cache"."""
+    files_total: int
+    files_done: int
+    bytes_total: int
+    bytes_done: int
+    rate: float
+    problems: list[str]
+    """What went wrong, a sentence each, at most 100; a verify job lists the damaged blobs."""
+
+
+class Blob(msgspec.Struct, frozen=True):
+    id: str
+    size: int
+    cached: int
+    sealed: bool
+    pinned: bool
+    in_use: bool
+    """Open, being fetched, or part of a mount."""
+    last_used: float
+    names: list[str]
+    """Where stored trees show it: REPO@COMMIT/PATH, at most 4."""
+
+
+class CacheListing(msgspec.Struct, frozen=True):
+    blobs: list[Blob]
+    cache_bytes: int
+    cache_limit: int
+
+
+class CacheSelection(msgspec.Struct, frozen=True):
+    """Which blobs: blob ids, or targets (their newest stored snapshot). Empty means all, which rm refuses."""
+
+    names: list[str] = []
+
+
+class GcRequest(msgspec.Struct, frozen=True):
+    """Evict down to `size` bytes (-1: the configured limit). Never touches what is in use or pinned."""
+
+    size: int = -1
+    dry_run: bool = False
+
+
+class Removal(msgspec.Struct, frozen=True):
+    removed: list[Blob]
+    freed: int
+    kept: list[str]
+    """What was asked for and not removed, with the reason, a sentence each."""

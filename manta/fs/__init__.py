@@ -1,0 +1,1 @@
+"""The filesystem, without FUSE: nodes, views, handles."""

@@ -1,0 +1,1 @@
+"""FUSE: thin adapters that drive `manta.fs`, and the mount itself."""

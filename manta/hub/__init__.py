@@ -1,0 +1,1 @@
+"""Origins: where repositories, trees and bytes come from."""

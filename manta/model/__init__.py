@@ -1,0 +1,1 @@
+"""Pure values: identifiers, snapshots and extent arithmetic. No I/O, no clock."""

@@ -1,0 +1,77 @@
+"""A snapshot: the tree of one commit, here and only here. Pure values, built by `manta.hub`, read by `manta.fs`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+from manta.errors import Corrupt
+from manta.model.ids import BlobId, Commit, RepoId
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a snapshot. `blob` is None where the origin hides the digest (gated, no access): it cannot be read."""
+
+    path: str
+    size: int
+    blob: BlobId | None
+    git_oid: str = ""
+    """The git object id of the entry, which for LFS files is the pointer's and not the content's."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of `repo` at `commit`, by path. Raises Corrupt for a tree that no filesystem can show."""
+
+    repo: RepoId
+    commit: Commit
+    files: Mapping[str, FileEntry]
+    gated: bool = False
+    private: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        repo: RepoId,
+        commit: Commit,
+        files: Iterable[FileEntry],
+        *,
+        gated: bool = False,
+        private: bool = False,
+    ) -> Snapshot:
+        return cls(repo, commit, MappingProxyType({f.path: f for f in files}), gated, private)
+
+    @cached_property
+    def folders(self) -> Mapping[str, Mapping[str, FileEntry | None]]:
+        """Children by folder path ("" is the top): a FileEntry for a file, None for a folder. Names are in byte order."""
+        folders: dict[str, dict[str, FileEntry | None]] = {"": {}}
+        for path, entry in self.files.items():
+            parts = path.split("/")
+            if any(part in {"", ".", ".."} or "\0" in part for part in parts):
+                raise Corrupt(f"The tree of {self.repo}@{self.commit} names {path!r}, which is not a path.")
+            parent = ""
+            for part in parts[:-1]:
+                folder = f"{parent}/{part}" if parent else part
+                if folders[parent].setdefault(part, None) is not None:
+                    raise Corrupt(f"The tree of {self.repo}@{self.commit} has {folder!r} as a file and as a folder.")
+                folders.setdefault(folder, {})
+                parent = folder
+            if folders[parent].setdefault(parts[-1], entry) is not entry:
+                raise Corrupt(f"The tree of {self.repo}@{self.commit} has {path!r} twice.")
+        return {
+            folder: dict(sorted(children.items(), key=lambda item: item[0].encode()))
+            for folder, children in folders.items()
+        }
+
+    def below(self, subfolder: str) -> Iterator[FileEntry]:
+        """The files in `subfolder` and in its folders ("": all files)."""
+        prefix = f"{subfolder}/" if subfolder else ""
+        return (entry for path, entry in self.files.items() if path.startswith(prefix))
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.size for entry in self.files.values())

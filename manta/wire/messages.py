@@ -1,0 +1,143 @@
+"""The messages between the daemon and its workers, here and only here.
+
+Each message is one SOCK_SEQPACKET datagram: a msgpack array whose first item names its type. An order that touches a blob carries the
+blob's cache file as a descriptor (SCM_RIGHTS), so a worker opens no path of the cache and keeps none open.
+Used by `manta.fetch` (daemon side) and `manta.worker`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+MESSAGE_BYTES_MAX = 64 * 1024
+"""Bound on one message: a signed URL is at most a few KiB, an error body is cut long before this."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages. `order` ties an answer to what was ordered; it is unique within one daemon's life."""
+
+    order: int
+
+
+# Daemon to worker ----------------------------------------------------------------------------------------------------
+
+
+class Locate(Message, frozen=True, tag="locate"):
+    """Ask the origin where a file's bytes are: one request, no redirect to another origin followed. -> Located | Failed."""
+
+    url: str
+    headers: dict[str, str]
+    deadline_s: float
+
+
+class Fetch(Message, frozen=True, tag="fetch"):
+    """Fetch `start`..`end` of a blob into the descriptor that comes along, bytes from `first` on before those ahead of it.
+
+    -> Progress*, then Fetched | Failed.
+    """
+
+    url: str
+    headers: dict[str, str]
+    start: int
+    end: int
+    first: int
+    blob_size: int
+    stall_s: float
+    """Give up when no byte has come for this long."""
+
+
+class Digest(Message, frozen=True, tag="digest"):
+    """Continue the digest of a blob (descriptor comes along) from `start` to `end`, which is what was digested before. -> Digested.
+
+    The worker keeps the running digest per `blob`. It starts anew where `start` is 0, and answers Failed where it has no state for `start`.
+    """
+
+    blob: str
+    start: int
+    end: int
+    blob_size: int
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """Stop working on `order`; it is answered Failed unless it had ended."""
+
+
+# Worker to daemon ----------------------------------------------------------------------------------------------------
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """The worker is up and takes orders (`order` is 0)."""
+
+    pid: int
+
+
+class Located(Message, frozen=True, tag="located"):
+    """What the origin answered: the status and headers (names in lower case) of the last hop on the hub's own origin."""
+
+    status: int
+    url: str
+    headers: dict[str, str]
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """Bytes `at`..`upto` are in the cache file; not verified. Sent as they arrive, thinned out at high rates."""
+
+    at: int
+    upto: int
+
+
+class Fetched(Message, frozen=True, tag="fetched"):
+    """All bytes are in the cache file. `digest` is their xxh3-128; `seconds` is from the request to the last byte."""
+
+    digest: bytes
+    seconds: float
+
+
+class Digested(Message, frozen=True, tag="digested"):
+    """The digest has reached `end`. `hex` is the blob's digest once `end` is the blob's size, else empty."""
+
+    end: int
+    hex: str
+
+
+Reason = Literal["absent", "denied", "throttled", "unavailable", "corrupt", "no_space", "cache_broken", "cancelled"]
+"""Why an order failed: the codes of `manta.errors`, and `cancelled`."""
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The order was not done. Bytes reported by Progress stay where they are and may be overwritten."""
+
+    reason: Reason
+    message: str
+    """A clause for a sentence: what was asked of whom and what happened; never a signed URL, never a token."""
+    status: int = 0
+    """The HTTP status, 0 where there was none."""
+    retry_after_s: float = 0.0
+
+
+ToWorker = Locate | Fetch | Digest | Cancel
+FromWorker = Ready | Located | Progress | Fetched | Digested | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: Message) -> bytes:
+    """Raises ValueError where the message would exceed MESSAGE_BYTES_MAX."""
+    data = _encoder.encode(message)
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise ValueError(f"a {type(message).__name__} of {len(data)} bytes exceeds {MESSAGE_BYTES_MAX}")
+    return data
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    """Raises msgspec.DecodeError (a ValueError) for what is no message."""
+    return _to_worker.decode(data)
+
+
+def decode_from_worker(data: bytes) -> FromWorker:
+    """Raises msgspec.DecodeError (a ValueError) for what is no message."""
+    return _from_worker.decode(data)
