@@ -2,12 +2,30 @@
 
 Flags beat the environment (MANTA_SECTION_FIELD, such as MANTA_CACHE_SIZE), which beats the TOML file, which beats the defaults
 below. Everything that runs takes its section as an argument and reads no environment of its own.
+
+The CLI and the CSI driver call `load`; the daemon gets the `Config` and shares with its clients the paths derived from it
+(`Config.instance_dir` and what lies in it). The hub token is found here too (`find_token`), and is in no section: it must
+never be printed or written.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
+
+from manta.errors import Denied, Invalid
+
+SYSTEM_FILE = Path("/etc/manta/config.toml")
+USER_FILE = "manta/config.toml"
+"""Below $XDG_CONFIG_HOME or ~/.config. Its values beat those of the system file."""
+
+SOCKET_PATH_MAX = 107
+"""Bytes of a unix socket's path: sockaddr_un has 108 with the final NUL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,8 @@ class FetchConfig:
     """A transfer with no byte for this long is given up and tried again."""
     read_timeout_s: float = 60.0
     """A reader gets an error when its bytes have not come for this long."""
+    fill: bool = True
+    """Complete in the background what was read from, while there is nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +85,433 @@ class Config:
     fetch: FetchConfig = field(default_factory=FetchConfig)
     fuse: FuseConfig = field(default_factory=FuseConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
+
+    @property
+    def instance_dir(self) -> Path:
+        """The runtime folder of the one daemon of this cache directory: the same for every spelling of the directory's path."""
+        import hashlib
+
+        real = os.path.realpath(self.cache.dir)
+        return self.daemon.runtime_dir / hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
+
+    @property
+    def socket_path(self) -> Path:
+        """The control API's socket. Raises Invalid when the kernel could not take a path so long."""
+        path = self.instance_dir / "control.sock"
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise Invalid(
+                f"The socket's path {path} is longer than the {SOCKET_PATH_MAX} bytes that Linux allows:"
+                " choose a shorter runtime directory (--runtime-dir, MANTA_DAEMON_RUNTIME_DIR)."
+            )
+        return path
+
+    @property
+    def log_path(self) -> Path:
+        return self.instance_dir / "daemon.log"
+
+    @property
+    def mount_root(self) -> Path:
+        """Where the daemon mounts its one filesystem as root."""
+        return self.instance_dir / "root"
+
+    def make_instance_dir(self) -> Path:
+        """Creates the runtime folder where it is missing, and makes sure that nobody else can put a socket there."""
+        me = os.geteuid()
+        for folder, owners in ((self.daemon.runtime_dir, {0, me}), (self.instance_dir, {me})):
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                state = folder.lstat() if folder == self.instance_dir else folder.stat()
+            except OSError as error:
+                raise Denied(
+                    f"The runtime directory {folder} cannot be made ({error.strerror}):"
+                    " choose another with --runtime-dir or MANTA_DAEMON_RUNTIME_DIR."
+                ) from error
+            # In a sticky directory, such as /tmp, others can create files and not replace ours.
+            others_may_write = state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX
+            if state.st_uid not in owners or not stat.S_ISDIR(state.st_mode) or others_may_write:
+                raise Denied(
+                    f"The runtime directory {folder} belongs to someone else or is writable by others:"
+                    " remove it, or choose another with --runtime-dir or MANTA_DAEMON_RUNTIME_DIR."
+                )
+        return self.instance_dir
+
+    def environment(self) -> dict[str, str]:
+        """Every value as MANTA_* variables, for a process that must see this configuration and no other."""
+        values = {variable(key): _as_text(value) for key, value in items(self)}
+        # An empty file: otherwise the process would look for files of its own, which could be broken or gone.
+        return {**values, "MANTA_CONFIG": "/dev/null"}
+
+
+class Origin(NamedTuple):
+    """Where a value came from."""
+
+    kind: str
+    """flag, environment, file or default."""
+    name: str
+    """The flag, the variable or the file's path; empty for a default."""
+
+    def __str__(self) -> str:
+        return self.name or self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration and the origin of each of its values, by SECTION.FIELD."""
+
+    config: Config
+    origins: Mapping[str, Origin]
+
+    def is_explicit(self, key: str) -> bool:
+        """Whether somebody asked for this value."""
+        return self.origins[key].kind != "default"
+
+
+class Token(NamedTuple):
+    """The caller's own token for the hub. Its repr hides it, since reprs end up in logs."""
+
+    value: str
+    origin: str
+
+    def __repr__(self) -> str:
+        return f"Token(value='...', origin={self.origin!r})"
+
+
+def items(config: Config) -> Iterable[tuple[str, object]]:
+    """All values of `config` as (SECTION.FIELD, value), in the order they are defined."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for entry in fields(values):
+            yield f"{section.name}.{entry.name}", getattr(values, entry.name)
+
+
+def variable(key: str) -> str:
+    """The environment variable of SECTION.FIELD."""
+    return f"MANTA_{key.replace('.', '_').upper()}"
+
+
+def load(
+    flags: Mapping[str, object] | None = None,
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    user_id: int | None = None,
+) -> Loaded:
+    """The configuration in effect. `flags` are SECTION.FIELD -> value or text; `file` is what --config names.
+
+    Without `file` and without MANTA_CONFIG, /etc/manta/config.toml and then the user's own file are read where they exist.
+    Raises Invalid naming the flag, variable or file, the value, and what is allowed.
+    """
+    env = os.environ if environ is None else environ
+    home = Path(env.get("HOME") or "~").expanduser()
+    given: dict[str, tuple[object, Origin]] = {
+        key: (value, Origin("default", ""))
+        for key, value in _defaults(env, home, os.geteuid() if user_id is None else user_id).items()
+    }
+    for layer in (_from_files(file, env, home), _from_environment(env), _from_flags(flags or {})):
+        for key, value, origin in layer:
+            given[key] = (_KINDS[key].read_from(value, key, origin, home), origin)
+    sections = {
+        section.name: type(getattr(_BARE, section.name))(
+            **{entry.name: given[f"{section.name}.{entry.name}"][0] for entry in fields(getattr(_BARE, section.name))}
+        )
+        for section in fields(Config)
+    }
+    return Loaded(Config(**sections), {key: origin for key, (_, origin) in given.items()})
+
+
+def find_token(environ: Mapping[str, str] | None = None) -> Token | None:
+    """The token that HF tools would use here: HF_TOKEN, else what `hf auth login` saved. None where there is none.
+
+    Follows huggingface_hub's rules without importing it, which would make every command wait for half a second.
+    """
+    env = os.environ if environ is None else environ
+    home = Path(env.get("HOME") or "~").expanduser()
+    if _hf_true(env.get("HF_HUB_DISABLE_IMPLICIT_TOKEN")):
+        return None
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if value := env.get(name, "").replace("\n", "").replace("\r", "").strip():
+            return Token(value, name)
+    cache = Path(env.get("XDG_CACHE_HOME") or home / ".cache")
+    hf_home = _path_below(home, env.get("HF_HOME") or str(cache / "huggingface"))
+    path = _path_below(home, env.get("HF_TOKEN_PATH") or str(hf_home / "token"))
+    try:
+        value = path.read_text("utf-8").replace("\n", "").replace("\r", "").strip()
+    except (OSError, UnicodeDecodeError):
+        return None  # nobody logged in here, or another user's home: the same as no token
+    return Token(value, str(path)) if value else None
+
+
+_UNITS = {
+    "": 1,
+    "k": 1000,
+    "m": 1000**2,
+    "g": 1000**3,
+    "t": 1000**4,
+    "p": 1000**5,
+    "ki": 1024,
+    "mi": 1024**2,
+    "gi": 1024**3,
+    "ti": 1024**4,
+    "pi": 1024**5,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]i?|)b?", re.IGNORECASE)
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)")
+_SECOND_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+SIZE_ALLOWED = 'bytes, or a size like "500GiB" (1024 based), "20GB" or "1.5T" (1000 based)'
+
+
+def parse_size(text: str) -> int:
+    """Bytes that `text` names, with units as Kubernetes and disks use them: Gi and GiB are 1024 based, G and GB 1000 based."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise Invalid(f"{text!r} is not a size: expected {SIZE_ALLOWED}.")
+    return (
+        int(float(match[1]) * _UNITS[match[2].lower()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].lower()]
+    )
+
+
+class _Kind(NamedTuple):
+    """How one value is read from text or TOML. `read` raises ValueError or TypeError for what is not `allowed`."""
+
+    allowed: str
+    read: Callable[[object, Path], object]
+
+    def read_from(self, value: object, key: str, origin: Origin, home: Path) -> object:
+        base = Path(origin.name).parent if origin.kind == "file" else Path.cwd()
+        try:
+            result = self.read(value, home)
+        except (TypeError, ValueError, Invalid):
+            where = f"{key} in {origin.name}" if origin.kind == "file" else origin.name
+            raise Invalid(f"{where} is {value!r}: expected {self.allowed}.") from None
+        return base / result if isinstance(result, Path) else result
+
+
+def _read_path(value: object, home: Path) -> Path:
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError
+    return _path_below(home, value)
+
+
+def _read_size(value: object, _home: Path) -> int:
+    if isinstance(value, str):
+        return parse_size(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError
+    return value
+
+
+def _read_switch(value: object, _home: Path) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if isinstance(value, str) and value.lower() in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError
+
+
+def _read_url(value: object, _home: Path) -> str:
+    from urllib.parse import urlsplit
+
+    if not isinstance(value, str):
+        raise TypeError
+    parts = urlsplit(value.strip())
+    _ = parts.port  # raises ValueError for a port that is none
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError
+    return value.strip().rstrip("/")
+
+
+def _seconds(low: float, high: float) -> _Kind:
+    def read(value: object, _home: Path) -> float:
+        if isinstance(value, str):
+            match = _SECONDS.fullmatch(value.strip().lower())
+            if match is None:
+                raise ValueError
+            seconds = float(match[1]) * _SECOND_UNITS[match[2]]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            seconds = float(value)
+        else:
+            raise ValueError
+        if not low <= seconds <= high:
+            raise ValueError
+        return seconds
+
+    return _Kind(f'seconds from {low:g} to {high:g}, or a text like "500ms", "20s" or "2m"', read)
+
+
+def _count(low: int, high: int) -> _Kind:
+    def read(value: object, _home: Path) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError
+        return number
+
+    return _Kind(f"a whole number from {low} to {high}", read)
+
+
+def _choice(*allowed: str) -> _Kind:
+    def read(value: object, _home: Path) -> str:
+        if not isinstance(value, str) or value.lower() not in allowed:
+            raise ValueError
+        return value.lower()
+
+    return _Kind(f"{', '.join(allowed[:-1])} or {allowed[-1]}", read)
+
+
+_DIRECTORY = _Kind("a directory's path", _read_path)
+_BYTES = _Kind(SIZE_ALLOWED, _read_size)
+
+_KINDS: Mapping[str, _Kind] = {
+    "cache.dir": _DIRECTORY,
+    "cache.size": _BYTES,
+    "cache.free_space_floor": _BYTES,
+    "hub.endpoint": _Kind("a URL like https://huggingface.co", _read_url),
+    "hub.offline": _Kind("true or false", _read_switch),
+    "hub.timeout_s": _seconds(0.1, 600),
+    "fetch.workers": _count(1, 16),
+    "fetch.connections": _count(1, 64),
+    "fetch.stall_s": _seconds(0.1, 600),
+    "fetch.read_timeout_s": _seconds(0.1, 3600),
+    "fuse.session": _choice("auto", "pyfuse3"),
+    "fuse.readahead_kib": _count(4, 1024 * 1024),
+    "daemon.runtime_dir": _DIRECTORY,
+    "daemon.log_level": _choice("debug", "info", "warning", "error"),
+}
+"""What each value may be. A new field needs its line here; tests/test_config.py holds both to each other."""
+
+KEYS: tuple[str, ...] = tuple(_KINDS)
+_BARE = Config()
+_SECTIONS = tuple(section.name for section in fields(Config))
+
+# Kubernetes puts these into every pod for each Service of its namespace: a Service named "manta-cache" must not break Manta.
+_SERVICE_LINK = re.compile(
+    r"MANTA_.*?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+
+
+def allowed(key: str) -> str:
+    """What SECTION.FIELD may be, for a person."""
+    return _KINDS[key].allowed
+
+
+def check_key(key: str) -> None:
+    """Raises Invalid, with the nearest known name, when no setting is called `key`."""
+    if key not in _KINDS:
+        raise Invalid(f"There is no setting {key!r}{_did_you_mean(key, _KINDS)}. `manta config` lists all settings.")
+
+
+def _defaults(env: Mapping[str, str], home: Path, user_id: int) -> dict[str, object]:
+    values = dict(items(_BARE))
+    if user_id != 0:
+        import tempfile
+
+        values["cache.dir"] = Path(env.get("XDG_CACHE_HOME") or home / ".cache") / "manta"
+        runtime = env.get("XDG_RUNTIME_DIR")
+        # Without a login session there is no runtime directory: a folder of the user's own in /tmp, checked when it is made.
+        values["daemon.runtime_dir"] = (
+            Path(runtime) / "manta" if runtime else Path(tempfile.gettempdir()) / f"manta-{user_id}"
+        )
+    return values
+
+
+def _from_flags(flags: Mapping[str, object]) -> Iterable[tuple[str, object, Origin]]:
+    for key, value in flags.items():
+        check_key(key)
+        yield key, value, Origin("flag", FLAGS.get(key, f"--set {key}"))
+
+
+FLAGS: Mapping[str, str] = {
+    "cache.dir": "--cache-dir",
+    "hub.endpoint": "--endpoint",
+    "hub.offline": "--offline",
+    "fuse.session": "--fuse",
+    "daemon.runtime_dir": "--runtime-dir",
+}
+"""The settings that have a flag of their own; `--set SECTION.FIELD=VALUE` reaches them all."""
+
+
+def _from_environment(env: Mapping[str, str]) -> Iterable[tuple[str, object, Origin]]:
+    if endpoint := env.get("HF_ENDPOINT"):
+        yield "hub.endpoint", endpoint, Origin("environment", "HF_ENDPOINT")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        # huggingface_hub reads whatever it does not know as false, and so must we: the variable is not ours.
+        if name in env:
+            yield "hub.offline", _hf_true(env[name]), Origin("environment", name)
+            break
+    keys = {variable(key): key for key in KEYS}
+    for name in sorted(name for name in env if name.startswith("MANTA_")):
+        if name in keys:
+            yield keys[name], env[name], Origin("environment", name)
+        elif name != "MANTA_CONFIG" and not _SERVICE_LINK.fullmatch(name):
+            hint = _did_you_mean(name, keys)
+            if hint or name.startswith(tuple(f"MANTA_{section.upper()}_" for section in _SECTIONS)):
+                raise Invalid(
+                    f"The environment variable {name} is no setting of Manta{hint}. `manta config` lists all settings."
+                )
+
+
+def _from_files(file: Path | None, env: Mapping[str, str], home: Path) -> Iterable[tuple[str, object, Origin]]:
+    named = file or (_path_below(home, env["MANTA_CONFIG"]) if env.get("MANTA_CONFIG") else None)
+    if named is not None:
+        yield from _from_file(named, must_exist="--config" if file else "MANTA_CONFIG")
+        return
+    for path in (SYSTEM_FILE, Path(env.get("XDG_CONFIG_HOME") or home / ".config") / USER_FILE):
+        yield from _from_file(path, must_exist="")
+
+
+def _from_file(path: Path, *, must_exist: str) -> Iterable[tuple[str, object, Origin]]:
+    import tomllib
+
+    try:
+        text = path.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        if not must_exist:
+            return
+        raise Invalid(f"The configuration file {path} that {must_exist} names does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Invalid(f"The configuration file {path} cannot be read: {error}.") from error
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Invalid(f"The configuration file {path} is not TOML: {error}.") from error
+    for name, values in sections.items():
+        if name not in _SECTIONS or not isinstance(values, dict):
+            raise Invalid(
+                f"{name!r} in {path} is no section{_did_you_mean(name, _SECTIONS)}:"
+                f" expected [{'], ['.join(_SECTIONS[:-1])}] or [{_SECTIONS[-1]}]."
+            )
+        for entry, value in values.items():
+            key = f"{name}.{entry}"
+            if key not in _KINDS:
+                known = [known.partition(".")[2] for known in _KINDS if known.startswith(f"{name}.")]
+                raise Invalid(
+                    f"{entry!r} in section [{name}] of {path} is no setting{_did_you_mean(entry, known)}:"
+                    f" expected {', '.join(known)}."
+                )
+            yield key, value, Origin("file", str(path))
+
+
+def _path_below(home: Path, text: str) -> Path:
+    if text == "~" or text.startswith("~/"):
+        return home / text[2:]
+    return Path(text)
+
+
+def _hf_true(value: str | None) -> bool:
+    return value is not None and value.upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _as_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -58,3 +58,42 @@ class ChunkGrid:
         if not len(cut):
             return range(0)
         return range(cut.start // self.chunk_size, (cut.end - 1) // self.chunk_size + 1)
+
+
+class ExtentSet:
+    """Bytes that are there, as extents that neither touch nor overlap, in order. Meant for the few extents of one chunk."""
+
+    def __init__(self) -> None:
+        self._extents: list[Extent] = []
+
+    def add(self, extent: Extent) -> None:
+        if not len(extent):
+            return
+        apart = [e for e in self._extents if e.end < extent.start or e.start > extent.end]
+        joined = [e for e in self._extents if not (e.end < extent.start or e.start > extent.end)]
+        start = min([extent.start, *(e.start for e in joined)])
+        end = max([extent.end, *(e.end for e in joined)])
+        self._extents = sorted([*apart, Extent(start, end)])
+
+    def covers(self, extent: Extent) -> bool:
+        """Whether every byte of `extent` is there; an empty one always is."""
+        return not len(extent) or any(e.start <= extent.start and extent.end <= e.end for e in self._extents)
+
+    def gaps(self, extent: Extent) -> list[Extent]:
+        """The parts of `extent` that are not there, in order."""
+        gaps, at = [], extent.start
+        for e in self._extents:
+            if e.end <= at:
+                continue
+            if e.start >= extent.end:
+                break
+            if e.start > at:
+                gaps.append(Extent(at, e.start))
+            at = e.end
+        if at < extent.end:
+            gaps.append(Extent(at, extent.end))
+        return gaps
+
+    def __len__(self) -> int:
+        """Bytes that are there."""
+        return sum(len(e) for e in self._extents)

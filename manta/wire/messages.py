@@ -33,8 +33,9 @@ class Locate(Message, frozen=True, tag="locate"):
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
-    """Fetch `start`..`end` of a blob into the descriptor that comes along, bytes from `first` on before those ahead of it.
+    """Fetch `extents` of the chunk `start`..`end` into the descriptor that comes along, in that order, one request each.
 
+    What the extents leave out is in the cache file already (an earlier order for this chunk was cut short).
     -> Progress*, then Fetched | Failed.
     """
 
@@ -42,7 +43,7 @@ class Fetch(Message, frozen=True, tag="fetch"):
     headers: dict[str, str]
     start: int
     end: int
-    first: int
+    extents: list[tuple[int, int]]
     blob_size: int
     stall_s: float
     """Give up when no byte has come for this long."""
@@ -89,7 +90,7 @@ class Progress(Message, frozen=True, tag="progress"):
 
 
 class Fetched(Message, frozen=True, tag="fetched"):
-    """All bytes are in the cache file. `digest` is their xxh3-128; `seconds` is from the request to the last byte."""
+    """The whole chunk is in the cache file. `digest` is its xxh3-128; `seconds` is from the request to the last byte."""
 
     digest: bytes
     seconds: float

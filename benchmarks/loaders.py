@@ -1,0 +1,80 @@
+"""The programs that load a model as users do, here and only here: safetensors' load_file, and huggingface_hub's download. Run by `load` as
+
+    python benchmarks/loaders.py load FILE ...
+    python benchmarks/loaders.py download REPO
+
+with the virtual environment's packages. Times are taken inside and leave the imports out, which are the same for all. Each prints one
+JSON object. With torch installed, load_file is torch's; every tensor is touched either way, since torch maps the file and reads later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from typing import Any
+
+from benchmarks.readers import usage
+
+
+def load(paths: list[str]) -> dict[str, object]:
+    """Seconds from the first open to the last tensor in memory, and a digest over names and bytes of all tensors."""
+    framework = "torch" if importlib.util.find_spec("torch") else "numpy"
+    digest = hashlib.sha256()
+    count = size = 0
+    if framework == "torch":
+        # By name: torch is not among the project's requirements, and need not be there to check types.
+        torch: Any = importlib.import_module("torch")
+        load_torch: Any = importlib.import_module("safetensors.torch").load_file
+
+        began = time.monotonic()
+        tensors = [load_torch(path) for path in paths]
+        for shard in tensors:
+            for tensor in shard.values():
+                tensor.flatten().view(torch.uint8).sum()
+        ended = time.monotonic()
+        named = {name: each.flatten().view(torch.uint8).numpy() for shard in tensors for name, each in shard.items()}
+    else:
+        import numpy
+        from safetensors.numpy import load_file as load_numpy
+
+        began = time.monotonic()
+        arrays = [load_numpy(path) for path in paths]  # copies every tensor
+        ended = time.monotonic()
+        named = {name: array.view(numpy.uint8) for shard in arrays for name, array in shard.items()}
+    used = usage()
+    for name in sorted(named):
+        digest.update(name.encode())
+        digest.update(memoryview(named[name]).cast("B"))
+        count += 1
+        size += named[name].nbytes
+    result = {"began": began, "ended": ended, "bytes": size, "tensors": count, "digest": digest.hexdigest()}
+    return {**result, "framework": framework, **used}
+
+
+def download(repo: str) -> dict[str, object]:
+    """Seconds of one snapshot_download with its defaults, into the cache that the environment names."""
+    from huggingface_hub import snapshot_download
+
+    began = time.monotonic()
+    folder = snapshot_download(repo)
+    ended = time.monotonic()
+    return {"began": began, "ended": ended, "folder": folder, **usage()}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="loaders.py")
+    programs = parser.add_subparsers(dest="program", required=True)
+    programs.add_parser("load").add_argument("paths", nargs="+")
+    programs.add_parser("download").add_argument("repo")
+    options = parser.parse_args(arguments)
+    print(json.dumps(load(options.paths) if options.program == "load" else download(options.repo)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,165 @@
+"""The programs that read files through a mount and measure it, here and only here. Run by `benchmarks.rig` as
+
+    python -S -E benchmarks/readers.py PROGRAM PATH ...
+
+with the standard library alone, so that starting is quick and nothing else is in the process. Times are taken inside, from before open()
+to the last byte, on the monotonic clock that all processes share. Each prints one JSON object; `probe` one per line of its input.
+
+    sequential PATH --block BYTES                      one read after the other on one descriptor
+    random PATH --block BYTES --threads N --seed S     every block once in random order, N threads on one descriptor
+    mapped PATH --block BYTES                          mmap, from start to end
+    probe --length BYTES                               reads "OFFSET PATH" lines; opens, reads at the offset, closes
+
+What they read is digested as it is read: sequential and mapped by sha256; random by the sha256 of the sha256 of each block in file order,
+which does not depend on the order of reading (`blocks_digest` says what it must be).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import random
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+
+
+def blocks_digest(blocks: Iterable[bytes | memoryview]) -> str:
+    """The digest of `random` over these blocks, for whoever has the bytes in order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(block).digest() for block in blocks)).hexdigest()
+
+
+def sequential(path: str, block: int) -> dict[str, object]:
+    buffer = memoryview(bytearray(block))
+    digest = hashlib.sha256()
+    size, first = 0, 0.0
+    began = time.monotonic()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        while count := os.readv(fd, [buffer]):
+            first = first or time.monotonic()
+            digest.update(buffer[:count])
+            size += count
+    finally:
+        os.close(fd)
+    ended = time.monotonic()
+    return {"began": began, "first": first, "ended": ended, "bytes": size, "digest": digest.hexdigest()}
+
+
+def shuffled(path: str, block: int, threads: int, seed: int) -> dict[str, object]:
+    began = time.monotonic()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        order = list(range(-(-size // block)))
+        random.Random(seed).shuffle(order)
+        digests = bytearray(32 * len(order))
+        errors: list[BaseException] = []
+        # next() on one shared iterator of a list is a single step under the interpreter lock.
+        queue = iter(order)
+        workers = [
+            threading.Thread(target=_read_blocks, args=(fd, size, block, queue, digests, errors))
+            for _ in range(threads)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        ended = time.monotonic()
+    finally:
+        os.close(fd)
+    if errors:
+        raise errors[0]
+    return {"began": began, "ended": ended, "bytes": size, "digest": hashlib.sha256(digests).hexdigest()}
+
+
+def _read_blocks(
+    fd: int, size: int, block: int, queue: Iterator[int], digests: bytearray, errors: list[BaseException]
+) -> None:
+    buffer = memoryview(bytearray(block))
+    try:
+        for number in queue:
+            offset = number * block
+            wanted = min(block, size - offset)
+            have = 0
+            while have < wanted:
+                count = os.preadv(fd, [buffer[have:wanted]], offset + have)
+                if not count:
+                    raise OSError(f"the file ended at {offset + have} of {size}")
+                have += count
+            digests[32 * number : 32 * number + 32] = hashlib.sha256(buffer[:wanted]).digest()
+    except BaseException as error:  # every kind: the main thread must not report a success
+        errors.append(error)
+
+
+def mapped(path: str, block: int) -> dict[str, object]:
+    digest = hashlib.sha256()
+    began = time.monotonic()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as view, memoryview(view) as bytes_:
+            for start in range(0, size, block):
+                with bytes_[start : start + block] as part:
+                    digest.update(part)
+    finally:
+        os.close(fd)
+    ended = time.monotonic()
+    return {"began": began, "ended": ended, "bytes": size, "digest": digest.hexdigest()}
+
+
+def probe(line: str, length: int) -> dict[str, object]:
+    offset, _, path = line.rstrip("\n").partition(" ")
+    began = time.monotonic()
+    fd = os.open(path, os.O_RDONLY)
+    opened = time.monotonic()
+    try:
+        data = os.pread(fd, length, int(offset))
+        ended = time.monotonic()
+    finally:
+        os.close(fd)
+    digest = hashlib.sha256(data).hexdigest()
+    return {"began": began, "opened": opened, "ended": ended, "bytes": len(data), "digest": digest}
+
+
+def usage() -> dict[str, object]:
+    """This process's own CPU seconds and peak memory (VmHWM: ru_maxrss would include the parent's before exec)."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    with open("/proc/self/status") as lines:
+        peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return {"cpu_s": used.ru_utime + used.ru_stime, "rss_peak": peak}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="readers.py")
+    programs = parser.add_subparsers(dest="program", required=True)
+    for name in ("sequential", "random", "mapped"):
+        program = programs.add_parser(name)
+        program.add_argument("path")
+        program.add_argument("--block", type=int, required=True)
+        if name == "random":
+            program.add_argument("--threads", type=int, required=True)
+            program.add_argument("--seed", type=int, required=True)
+    programs.add_parser("probe").add_argument("--length", type=int, required=True)
+    options = parser.parse_args(arguments)
+    if options.program == "probe":
+        for line in sys.stdin:
+            print(json.dumps(probe(line, options.length)), flush=True)
+        return 0
+    if options.program == "sequential":
+        result = sequential(options.path, options.block)
+    elif options.program == "random":
+        result = shuffled(options.path, options.block, options.threads, options.seed)
+    else:
+        result = mapped(options.path, options.block)
+    print(json.dumps({**result, **usage()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""A run's one folder, and how it and all that hangs on it go away, here and only here: mounts, processes, files. Used by `benchmarks.rig`.
+
+Everything a run makes lies below its folder, and every process it starts has the folder's path in its environment (`MARKER`), which
+daemons and workers inherit. So leftovers are found by that path alone, also those of a run that was killed: the folder's name carries its
+owner's pid and start time, and the next run sweeps the folders of dead owners. A mount that does not answer any more is aborted through
+/sys/fs/fuse, which frees its readers; nothing here touches a path below a mount before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MARKER = "MANTA_BENCHMARK_SCRATCH"
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+END_TIMEOUT_S = 5
+"""How long processes may take to end by SIGTERM, and again by SIGKILL."""
+
+UMOUNT_TIMEOUT_S = 10
+
+_NAME = re.compile(r"manta-bench-(\d+)-(\d+)-\w+")
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
+
+
+@contextmanager
+def scratch(base: Path) -> Iterator[Path]:
+    """A fresh folder below `base`. At the end, however it comes, nothing of it is left. First sweeps what killed runs left in `base`."""
+    base.mkdir(parents=True, exist_ok=True)
+    sweep(base)
+    prefix = f"manta-bench-{os.getpid()}-{start_time(os.getpid())}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base)).resolve()
+    os.environ[MARKER] = str(folder)  # for every process that is started from here on
+    try:
+        yield folder
+    finally:
+        del os.environ[MARKER]
+        remove(folder)
+
+
+def sweep(base: Path) -> list[Path]:
+    """Removes the folders in `base` whose owners are gone, with their mounts and processes."""
+    removed = []
+    for folder in base.iterdir():
+        match = _NAME.fullmatch(folder.name)
+        if match and start_time(int(match[1])) != int(match[2]):
+            remove(folder)
+            removed.append(folder)
+    return removed
+
+
+def remove(folder: Path) -> None:
+    """Takes `folder` away with all mounts and processes that belong to it. Signals wait until it is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        for device in fuse_devices(folder):
+            abort(device)
+        end(processes(folder))
+        for point in reversed(mounts(folder)):
+            # Lazily: an aborted mount has no daemon to wait for, and a busy one would keep the folder.
+            subprocess.run(["umount", "--lazy", str(point)], timeout=UMOUNT_TIMEOUT_S, capture_output=True, check=False)
+        if not mounts(folder):  # else rmtree would walk into whatever is still mounted
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def mounts(folder: Path) -> list[Path]:
+    """The mount points below `folder`, in the order they were mounted."""
+    return [point for point, _, _ in mountinfo() if point.is_relative_to(folder.resolve())]
+
+
+def fuse_devices(folder: Path) -> set[int]:
+    """The FUSE connections of the mounts below `folder`, by the number that /sys/fs/fuse/connections gives them: the minor device."""
+    return {
+        minor
+        for point, minor, kind in mountinfo()
+        if point.is_relative_to(folder.resolve()) and (kind == "fuse" or kind.startswith("fuse."))
+    }
+
+
+def abort(device: int) -> None:
+    """Ends a FUSE connection: every request that waits on it gets an error, and readers in D state can die."""
+    if not any(_CONNECTIONS.iterdir()):
+        subprocess.run(
+            ["mount", "-t", "fusectl", "none", str(_CONNECTIONS)],
+            timeout=UMOUNT_TIMEOUT_S,
+            capture_output=True,
+            check=False,
+        )
+    with contextlib.suppress(FileNotFoundError):  # it ended by itself
+        (_CONNECTIONS / str(device) / "abort").write_text("1")
+
+
+def processes(folder: Path) -> list[int]:
+    """The processes that have `folder` in their environment, this one never."""
+    entry = f"{MARKER}={folder}".encode()
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        pid = int(environ.parent.name)
+        try:
+            if pid != os.getpid() and entry in environ.read_bytes().split(b"\0"):
+                found.append(pid)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # ended meanwhile, or another user's
+    return found
+
+
+def end(pids: list[int]) -> None:
+    """SIGTERM, then SIGKILL to what remains."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        pids = await_end(pids, END_TIMEOUT_S)
+
+
+def await_end(pids: list[int], timeout_s: float) -> list[int]:
+    """Waits until they have ended, at most `timeout_s`; returns those that have not. A zombie has ended."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [pid for pid in pids if _runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def start_time(pid: int) -> int:
+    """Ticks from boot to the process's start, which with the pid names it for good; -1 where there is none."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else -1
+
+
+def _runs(pid: int) -> bool:
+    fields = _stat(pid)
+    return bool(fields) and fields[0] != "Z"
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def mountinfo() -> list[tuple[Path, int, str]]:
+    """(mount point, minor device, filesystem type) of all mounts, in the order they were mounted."""
+    rows = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        words = fields.split(" ")
+        # The kernel writes blanks and backslashes in paths as three octal digits.
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[4])
+        rows.append((Path(point), int(words[2].partition(":")[2]), rest.split(" ")[0]))
+    return rows

@@ -1,0 +1,161 @@
+"""What is believed after a restart, and how doubt is ended, here and only here.
+
+`scan` reads what a cache directory holds (the store calls it when it opens). `settle_doubtful` and `verify_chunks` compare a blob's bytes
+with its chunk map: after a host crash, and for `manta cache verify`. All of it is SLOW: the daemon runs it in worker threads, and reading
+and hashing release the GIL.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+from manta.cache.chunkmap import read_outline
+from manta.cache.digests import READ_BYTES, extent_digest
+from manta.cache.disk import TEMPORARY_SUFFIX, disk_errors
+from manta.cache.inventory import BlobInfo
+from manta.cache.layout import DATA_SUFFIX, DOOMED_SUFFIX, MAP_SUFFIX, Layout, blob_of
+from manta.errors import Corrupt
+from manta.model.ids import BlobId
+
+if TYPE_CHECKING:
+    from manta.cache.store import Blob
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int], None]
+"""Called in the worker thread with the bytes checked since the last call, once per chunk. What it raises ends the work and comes out."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a cache directory held when it was opened."""
+
+    blobs: list[BlobInfo] = field(default_factory=list)
+    unsealed: list[BlobId] = field(default_factory=list)
+    """Complete, and not sealed: the last daemon ended before it compared them with their ids."""
+    dropped: list[Path] = field(default_factory=list)
+    """Files that belonged to nothing and were removed."""
+
+
+def current_boot_id() -> bytes:
+    """16 bytes that change when the host boots. Where the kernel does not say, they are never the same, so that everything is doubted."""
+    try:
+        return UUID(_BOOT_ID.read_text("ascii").strip()).bytes
+    except (OSError, ValueError) as error:
+        logger.warning("The kernel tells no boot id (%s): unsealed blobs are verified again at every start.", error)
+        return uuid4().bytes
+
+
+def scan(layout: Layout) -> Scan:
+    """SLOW: reads every blob's outline (about 36 µs each, from a warm page cache) and removes files that belong to nothing. Raises CacheBroken.
+
+    What one damaged file says never stops it: that blob is dropped, and fetched again when it is asked for.
+    """
+    found = Scan()
+    with disk_errors(layout.blobs, "scanning the cache"):
+        for folder in sorted(entry.path for entry in os.scandir(layout.blobs) if entry.is_dir(follow_symlinks=False)):
+            _scan_folder(Path(folder), found)
+    if found.dropped:
+        logger.warning(
+            "Removed %d stray files from %s, the first: %s", len(found.dropped), layout.blobs, found.dropped[0]
+        )
+    return found
+
+
+def _scan_folder(folder: Path, found: Scan) -> None:
+    names = {entry.name for entry in os.scandir(folder)}
+    for name in sorted(names):
+        match blob_of(name.removesuffix(TEMPORARY_SUFFIX)):
+            case None:
+                logger.warning("Left alone what is not Manta's: %s", folder / name)
+            case blob, suffix if suffix == MAP_SUFFIX and f"{blob}{DATA_SUFFIX}" in names and name.endswith(MAP_SUFFIX):
+                try:
+                    _scan_blob(blob, folder, found)
+                except OSError as error:
+                    logger.warning("Cannot read the cached blob %s: %s", folder / name, error.strerror)
+            case blob, suffix if (
+                suffix == DATA_SUFFIX and f"{blob}{MAP_SUFFIX}" in names and name.endswith(DATA_SUFFIX)
+            ):
+                pass  # comes with its map
+            case _, suffix if suffix in {MAP_SUFFIX, DATA_SUFFIX, DOOMED_SUFFIX}:
+                _drop(folder / name, found)
+            case _:
+                logger.warning("Left alone what is not Manta's: %s", folder / name)
+
+
+def _scan_blob(blob: BlobId, folder: Path, found: Scan) -> None:
+    data, chunk_map = folder / f"{blob}{DATA_SUFFIX}", folder / f"{blob}{MAP_SUFFIX}"
+    status = os.stat(data)
+    try:
+        header, cached = read_outline(chunk_map, status.st_size)
+        if header.blob != blob:
+            raise Corrupt(f"it is the map of {header.blob}")
+    except Corrupt as reason:
+        logger.warning("The chunk map %s is worthless: %s. The blob is dropped.", chunk_map, reason.message)
+        _drop(chunk_map, found)
+        _drop(data, found)
+        return
+    found.blobs.append(BlobInfo(blob, header.grid.size, cached, header.sealed, status.st_mtime))
+    if cached == header.grid.size and not header.sealed:
+        found.unsealed.append(blob)
+
+
+def _drop(path: Path, found: Scan) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+        found.dropped.append(path)
+
+
+def settle_doubtful(blob: Blob, progress: Progress | None = None) -> list[int]:
+    """SLOW: ends the doubt that a host crash left about chunks of `blob`: they become present or absent. Returns the absent ones.
+
+    May run while readers read and workers fetch. Raises NoSpace and CacheBroken.
+    """
+    with blob.hold():
+        return _compare(
+            blob, blob.doubtful, progress, lambda chunk, digest, good: blob.settle(chunk, digest, good=good)
+        )
+
+
+def verify_chunks(blob: Blob, progress: Progress | None = None) -> list[int]:
+    """SLOW: compares every present chunk of `blob` with its digest. Returns the damaged ones and changes nothing.
+
+    The caller decides: `blob.clear(chunk)` makes a damaged chunk be fetched again. Raises CacheBroken.
+    """
+    with blob.hold():
+        present = (chunk for chunk in range(len(blob.grid)) if blob.has(chunk))
+        return _compare(blob, present, progress, lambda chunk, digest, _: blob.digest(chunk) == digest)
+
+
+def _compare(
+    blob: Blob, chunks: Iterable[int], progress: Progress | None, settle: Callable[[int, bytes, bool], bool]
+) -> list[int]:
+    """The bad ones of `chunks`. `settle` says whether the digest compared with is still the chunk's: it may have been fetched anew."""
+    buffer = bytearray(READ_BYTES)
+    bad = []
+    for chunk in chunks:
+        digest = blob.digest(chunk)
+        if digest is None:
+            continue  # cleared since `chunks` was made
+        extent = blob.grid.extent(chunk)
+        with disk_errors(blob.path, "verifying a blob"):
+            try:
+                good = extent_digest(blob.fd, extent, buffer) == digest
+            except Corrupt:
+                good = False  # the data file is too short
+        if settle(chunk, digest, good) and not good:
+            bad.append(chunk)
+        if progress is not None:
+            progress(len(extent))
+    if bad:
+        logger.warning("%d chunks of %s do not match their digests, the first: %d", len(bad), blob.id, bad[0])
+    return bad

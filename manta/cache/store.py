@@ -1,0 +1,350 @@
+"""The store of blobs on disk: one sparse data file and one chunk map per blob, here and only here.
+
+Used by the daemon alone, the one writer. Calls belong to its trio thread unless they are marked SLOW: those wait for the disk and belong
+in a worker thread, where they may run beside everything else. Workers and peer servers get a blob's descriptor from the daemon, or read
+its files, and change nothing in the maps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from manta.cache import recovery
+from manta.cache.chunkmap import ChunkMap
+from manta.cache.disk import disk_error, disk_errors, fsync_directory
+from manta.cache.inventory import BlobInfo, Inventory
+from manta.cache.layout import DOOMED_SUFFIX, Layout
+from manta.cache.lock import DirectoryLock
+from manta.errors import Absent, Corrupt, InUse, MantaError
+from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
+from manta.model.ids import BlobId
+
+logger = logging.getLogger(__name__)
+
+
+class Blob:
+    """One blob that is open. Everyone who opens it gets the same object, and closes it once.
+
+    Presence is what the daemon recorded: bytes are readable where `has` says so. Sizes and offsets are bytes.
+    """
+
+    def __init__(self, store: Store, fd: int, chunk_map: ChunkMap, path: Path) -> None:
+        """Use `Store.open_blob`."""
+        self.id = chunk_map.blob
+        self.grid = chunk_map.grid
+        self.size = chunk_map.grid.size
+        self.path = path
+        """The data file, for messages."""
+        self._store = store
+        self._fd = fd
+        self._map = chunk_map
+        self._holders = 1
+        self._noting = threading.Lock()
+        self._sealing = threading.Lock()
+
+    @property
+    def fd(self) -> int:
+        """The data file, open for reading and writing until the last `close`. Raises ValueError after that."""
+        if self._fd < 0:
+            raise ValueError(f"{self.id} is closed")
+        return self._fd
+
+    def has(self, chunk: int) -> bool:
+        """Whether `chunk` may be read."""
+        return self._map.has(chunk)
+
+    def missing(self, extent: Extent) -> list[int]:
+        """The chunks that `extent` touches and that may not be read yet, in order."""
+        return self._map.missing(self.grid.chunks(extent))
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes that may be read. Less than the listing's `cached` while chunks are in doubt."""
+        return self._map.present_bytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk may be read. A blob of size zero is, at once."""
+        return self._map.complete
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the whole blob matched its id and is safe on the disk."""
+        return self._map.sealed
+
+    @property
+    def prefix_end(self) -> int:
+        """Bytes from the start on that may be read without a gap."""
+        return min(self._map.prefix * self.grid.chunk_size, self.size)
+
+    @property
+    def generation(self) -> int:
+        """Grows whenever a readable chunk becomes absent (`clear`, `discard`).
+
+        Who reads bytes without the trio thread in between looks at it before `has` and after the read; who digests the blob, before the
+        first byte, and passes it to `seal`.
+        """
+        return self._map.generation
+
+    @property
+    def doubtful(self) -> Sequence[int]:
+        """Chunks that a host crash put in doubt: missing, until `recovery.settle_doubtful` has looked, or they are fetched again."""
+        return self._map.doubtful
+
+    def digest(self, chunk: int) -> bytes | None:
+        """The recorded digest of `chunk`, None where it is absent. Raises CacheBroken."""
+        return self._map.digest(chunk)
+
+    def record(self, chunk: int, digest: bytes) -> None:
+        """Notes that all bytes of `chunk` are in the data file and have this xxh3-128 (16 bytes).
+
+        Raises NoSpace and CacheBroken, after which the chunk is missing; Corrupt where a sealed blob has another digest for it.
+        """
+        try:
+            self._map.record(chunk, digest)
+        finally:
+            self._note()
+
+    def settle(self, chunk: int, digest: bytes, *, good: bool) -> bool:
+        """Ends the doubt about `chunk`, whose bytes were compared with `digest`: see `ChunkMap.settle`. For `manta.cache.recovery`."""
+        try:
+            return self._map.settle(chunk, digest, good)
+        finally:
+            self._note()
+
+    def clear(self, chunk: int) -> None:
+        """Makes `chunk` missing, because its bytes are damaged. SLOW where the blob was sealed. Raises NoSpace and CacheBroken."""
+        try:
+            self._map.clear(chunk)
+        finally:
+            self._note()
+
+    def discard(self, reason: str) -> None:
+        """Makes every chunk missing, because the whole does not match the blob's id. SLOW where the blob was sealed.
+
+        The data file stays as it is, to be overwritten in place: a reader that is between `has` and its read gets the bytes that were
+        there, never zeros, and open descriptors stay good. `generation` tells it. What the kernel has cached of the file through a mount
+        is the caller's to invalidate. Raises NoSpace and CacheBroken; also then every chunk is missing.
+        """
+        logger.warning("Discarding the %d cached bytes of %s: %s", self.cached_bytes, self.id, reason)
+        try:
+            self._map.reset()
+        finally:
+            self._note()
+
+    def seal(self, generation: int | None = None) -> None:
+        """SLOW: makes data and map durable and marks the blob as verified. The caller has compared its digest with its id.
+
+        `generation` is what it was before that digest was begun (None: what it is now). Raises Corrupt where a chunk is or went missing;
+        NoSpace and CacheBroken, and where it was the data that the disk did not take, every chunk is missing after that.
+        """
+        with self.hold(), self._sealing:
+            if self.sealed:
+                return
+            generation = self.generation if generation is None else generation
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                # After a failed sync the kernel calls the pages clean although the disk does not have them: later reads could be wrong.
+                with suppress(MantaError):
+                    self.discard(f"the disk did not take it ({error.strerror})")
+                raise disk_error(error, self.path, "sealing a blob") from error
+            self._map.mark_sealed(generation)
+            self._note()
+            with disk_errors(self.path, "sealing a blob"):
+                fsync_directory(self.path.parent)
+                fsync_directory(self.path.parent.parent)
+
+    def hold(self) -> Self:
+        """One more holder, who calls `close` too: for work in a thread that outlives the caller. ``with blob.hold(): ...``"""
+        self._store._hold(self)
+        return self
+
+    def close(self) -> None:
+        """Gives it back. The last one closes the descriptors and notes the time on the data file. Raises ValueError where it is closed."""
+        self._store._give_back(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _note(self) -> None:
+        # Looked up under the lock, so that of two threads the later writes the later number.
+        with self._noting:
+            self._store._inventory.update(self.id, cached=self._map.kept_bytes, sealed=self._map.sealed)
+
+
+class Store:
+    """The blobs of one cache directory. It is this process's alone until `close` or the process ends."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        boot_id: bytes | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """SLOW: locks and prepares the directory, and scans it. `boot_id` (None: the kernel's) and `clock` (epoch seconds) are for tests.
+
+        Raises InUse where another daemon has the directory, Invalid where it is none of ours, NoSpace and CacheBroken.
+        """
+        self.layout = Layout(directory)
+        self._chunk_size = chunk_size
+        self._clock = clock
+        self._boot_id = recovery.current_boot_id() if boot_id is None else boot_id
+        self._lock = threading.RLock()
+        self._open: dict[BlobId, Blob] = {}
+        self.layout.claim()
+        self._directory_lock = DirectoryLock(self.layout.lock)
+        try:
+            self.layout.prepare()
+            self.recovered = recovery.scan(self.layout)
+            """What was found in the directory. Its `unsealed` blobs are complete and wait for their digest to be compared."""
+        except BaseException:
+            self._directory_lock.release()
+            raise
+        self._inventory = Inventory(self.recovered.blobs)
+        self.recovered.blobs.clear()  # the inventory has them, and keeps them true
+
+    @property
+    def directory(self) -> Path:
+        return self.layout.directory
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of all chunks in the cache."""
+        return self._inventory.cached_bytes
+
+    def disk_free(self) -> int:
+        """Bytes that the cache's disk has left for this user. Raises CacheBroken."""
+        with disk_errors(self.directory, "asking for free space"):
+            status = os.statvfs(self.directory)
+        return status.f_bavail * status.f_frsize
+
+    def find(self, blob: BlobId) -> BlobInfo | None:
+        """What the cache has of `blob`, open or not; None for nothing."""
+        return self._inventory.find(blob)
+
+    def listing(self) -> list[BlobInfo]:
+        """Every blob in the cache, in no order. From memory."""
+        return self._inventory.listing()
+
+    def open_blob(self, blob: BlobId, size: int) -> Blob:
+        """The blob with that id and size, of which the cache may have all, some or nothing. The caller closes it.
+
+        The first to open it pays for a few system calls and the reading of its map. Raises Corrupt where the cache has it open or sealed
+        with another size, NoSpace and CacheBroken; then nothing of it is left behind.
+        """
+        with self._lock:
+            opened = self._open.get(blob)
+            known = self._inventory.find(blob)
+            if known is not None and known.size != size and (known.sealed or opened is not None):
+                raise Corrupt(
+                    f"The origin says that {blob} has {size} bytes; the cache has it with {known.size}."
+                    f" Ask the origin again, or remove it with `manta cache rm {blob}`."
+                )
+            if opened is not None:
+                opened._holders += 1
+                return opened
+            with disk_errors(self.layout.data(blob), "opening a blob"):
+                opened = self._open_files(blob, ChunkGrid(size, self._chunk_size), known is not None)
+            self._open[blob] = opened
+            now = self._clock()
+            self._inventory.put(BlobInfo(blob, size, opened._map.kept_bytes, opened.sealed, now, in_use=True))
+            self._stamp(opened, now)
+            return opened
+
+    def remove(self, blob: BlobId) -> int:
+        """SLOW: takes `blob` out of the cache. Returns the bytes of its chunks. Raises InUse where it is open, Absent and CacheBroken."""
+        data = self.layout.data(blob)
+        doomed = data.with_name(data.name + DOOMED_SUFFIX)
+        with self._lock, disk_errors(data, "removing a blob"):
+            known = self._inventory.find(blob)
+            if known is None:
+                raise Absent(f"{blob} is not in the cache.")
+            if blob in self._open:
+                raise InUse(f"{blob} is open. Close the programs that read it, or unmount it, and try again.")
+            # The map first: a map must never be found beside data that is not its own.
+            self.layout.map(blob).unlink(missing_ok=True)
+            self._inventory.drop(blob)
+            with suppress(FileNotFoundError):
+                os.rename(data, doomed)
+        # The unlink of a large file takes time: the name is free already, and who asks for the blob meanwhile gets a new file.
+        with disk_errors(data, "removing a blob"):
+            doomed.unlink(missing_ok=True)
+        return known.cached
+
+    def close(self) -> None:
+        """Closes what is open and gives the directory free. Everything recorded stays. Does nothing the second time."""
+        with self._lock:
+            for blob in list(self._open.values()):
+                blob._holders = 1
+                blob.close()
+            self._directory_lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _open_files(self, blob: BlobId, grid: ChunkGrid, known: bool) -> Blob:
+        data, map_path = self.layout.data(blob), self.layout.map(blob)
+        created = not known and not data.exists()
+        if created:
+            data.parent.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            chunk_map = ChunkMap.load(map_path, blob, grid, self._boot_id)
+            if chunk_map is None or os.fstat(fd).st_size != grid.size:
+                # The map first: a map must never be found beside data that is not its own.
+                map_path.unlink(missing_ok=True)
+                os.ftruncate(fd, 0)
+                os.ftruncate(fd, grid.size)
+                chunk_map = ChunkMap.create(map_path, blob, grid, self._boot_id)
+        except BaseException:
+            os.close(fd)
+            if created:
+                with suppress(OSError):
+                    data.unlink()
+            raise
+        return Blob(self, fd, chunk_map, data)
+
+    def _hold(self, blob: Blob) -> None:
+        with self._lock:
+            if blob._holders < 1:
+                raise ValueError(f"{blob.id} is closed")
+            blob._holders += 1
+
+    def _give_back(self, blob: Blob) -> None:
+        with self._lock:
+            if blob._holders < 1:
+                raise ValueError(f"{blob.id} is closed")
+            blob._holders -= 1
+            if blob._holders:
+                return
+            now = self._clock()
+            self._stamp(blob, now)
+            self._inventory.update(blob.id, last_used=now, in_use=False)
+            del self._open[blob.id]
+            blob._map.close()
+            os.close(blob._fd)
+            blob._fd = -1
+
+    def _stamp(self, blob: Blob, now: float) -> None:
+        """The data file's time is when the blob was last used: two cheap calls per use, and none per read."""
+        try:
+            os.utime(blob._fd, (now, now))
+        except OSError as error:
+            logger.warning("Cannot note the time of use on %s: %s", blob.path, error.strerror)

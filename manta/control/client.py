@@ -1,0 +1,360 @@
+"""The client's side of the control API, and how a daemon is started when none runs, here and only here.
+
+Used by the CLI and by the CSI driver. Synchronous and from the standard library but for msgspec: one connection per request,
+a deadline on each, the daemon's `Error` bodies raised as the classes of `manta.errors`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from manta.config import Config
+from manta.control.protocol import (
+    BODY_BYTES_MAX,
+    Bound,
+    CacheListing,
+    CacheSelection,
+    Error,
+    GcRequest,
+    Job,
+    Mount,
+    MountRequest,
+    PrefetchRequest,
+    Removal,
+    Status,
+)
+from manta.errors import BY_CODE, Corrupt, Denied, InUse, MantaError, NotRunning, Unavailable
+
+ANSWER_S = 15.0
+"""For what the daemon answers from memory. Far more than it needs on a busy machine; less than a person waits for."""
+
+CACHE_S = 120.0
+"""For what walks the whole cache directory."""
+
+RESOLVE_S = 300.0
+"""For what may ask the hub first (mount, prefetch). The daemon gives up long before, with a better sentence than ours."""
+
+START_S = 30.0
+"""For a daemon to start and answer: half a second on an idle machine, most of it imports."""
+
+HELD_S = 5.0
+"""How long another daemon may still hold the cache directory before that is an error: one that is just exiting lets go soon."""
+
+RETRY_S = 0.05
+LOG_LINES = 8
+LOG_BYTES_MAX = 4 * 1024 * 1024
+"""A log larger than this is put aside, replacing the one before, when the next daemon starts."""
+
+_Answer = TypeVar("_Answer")
+
+
+class Client:
+    """One daemon's control API. Opens no connection until it is asked something; raises NotRunning when nobody listens."""
+
+    def __init__(self, socket_path: Path, *, launched: bool = False) -> None:
+        self.socket_path = socket_path
+        self.launched = launched
+        """Whether this process started the daemon, which therefore runs with this process's settings."""
+
+    def status(self, *, timeout_s: float = ANSWER_S) -> Status:
+        return self._ask("GET", "/v1/status", Status, timeout_s=timeout_s)
+
+    def mount(self, request: MountRequest) -> Mount:
+        """A new directory of the daemon's filesystem, to be bound by the caller (see `manta.control.binding`)."""
+        return self._ask("POST", "/v1/mounts", Mount, request, timeout_s=RESOLVE_S)
+
+    def bound(self, mount_id: str, directory: str) -> Mount:
+        return self._ask("POST", f"/v1/mounts/{mount_id}/bound", Mount, Bound(directory), timeout_s=ANSWER_S)
+
+    def unmount(self, mount_id: str) -> Mount:
+        return self._ask("DELETE", f"/v1/mounts/{mount_id}", Mount, timeout_s=ANSWER_S)
+
+    def prefetch(self, request: PrefetchRequest) -> Job:
+        return self._ask("POST", "/v1/prefetch", Job, request, timeout_s=RESOLVE_S)
+
+    def job(self, job_id: str) -> Job:
+        return self._ask("GET", f"/v1/jobs/{job_id}", Job, timeout_s=ANSWER_S)
+
+    def cancel(self, job_id: str) -> Job:
+        """Stops the job; what it has fetched stays."""
+        return self._ask("DELETE", f"/v1/jobs/{job_id}", Job, timeout_s=ANSWER_S)
+
+    def cache(self) -> CacheListing:
+        return self._ask("GET", "/v1/cache", CacheListing, timeout_s=CACHE_S)
+
+    def verify(self, selection: CacheSelection) -> Job:
+        return self._ask("POST", "/v1/cache/verify", Job, selection, timeout_s=CACHE_S)
+
+    def pin(self, selection: CacheSelection) -> CacheListing:
+        return self._ask("POST", "/v1/cache/pin", CacheListing, selection, timeout_s=CACHE_S)
+
+    def unpin(self, selection: CacheSelection) -> CacheListing:
+        return self._ask("POST", "/v1/cache/unpin", CacheListing, selection, timeout_s=CACHE_S)
+
+    def remove(self, selection: CacheSelection) -> Removal:
+        return self._ask("POST", "/v1/cache/rm", Removal, selection, timeout_s=CACHE_S)
+
+    def collect(self, request: GcRequest) -> Removal:
+        return self._ask("POST", "/v1/cache/gc", Removal, request, timeout_s=CACHE_S)
+
+    def shutdown(self) -> Status:
+        """Unmounts everything and lets the daemon exit."""
+        return self._ask("POST", "/v1/shutdown", Status, timeout_s=ANSWER_S)
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        answer: type[_Answer],
+        body: msgspec.Struct | None = None,
+        *,
+        timeout_s: float,
+    ) -> _Answer:
+        try:
+            status, content = self._exchange(method, path, body, time.monotonic() + timeout_s)
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+            raise NotRunning(f"No Manta daemon answers at {self.socket_path}.") from error
+        except PermissionError as error:
+            raise Denied(f"The Manta daemon at {self.socket_path} belongs to another user.") from error
+        except TimeoutError as error:
+            raise Unavailable(
+                f"The Manta daemon at {self.socket_path} did not answer within {timeout_s:g} s;"
+                f" its log is {self.socket_path.with_name('daemon.log')}."
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(
+                f"The Manta daemon at {self.socket_path} went away before it answered ({error or type(error).__name__});"
+                f" its log is {self.socket_path.with_name('daemon.log')}."
+            ) from error
+        try:
+            if status >= 400:
+                problem = msgspec.json.decode(content, type=Error)
+                raise BY_CODE.get(problem.code, MantaError)(problem.message)
+            return msgspec.json.decode(content, type=answer)
+        except msgspec.MsgspecError as error:
+            raise Corrupt(
+                f"The Manta daemon at {self.socket_path} answered {method} {path} with HTTP {status} and a body that"
+                f" this version cannot read ({error}): does an older or newer daemon run? Stop it and try again."
+            ) from error
+
+    def _exchange(self, method: str, path: str, body: msgspec.Struct | None, deadline: float) -> tuple[int, bytes]:
+        connection = _Connection(self.socket_path, _left(deadline))
+        try:
+            connection.connect()
+            wire = connection.sock  # http.client forgets it as soon as the answer's headers say "close"
+            wire.settimeout(_left(deadline))
+            headers = {"Connection": "close", "Content-Type": "application/json"}
+            connection.request(method, path, msgspec.json.encode(body) if body is not None else None, headers)
+            wire.settimeout(_left(deadline))
+            with connection.getresponse() as response:
+                content = bytearray()
+                while True:
+                    wire.settimeout(_left(deadline))
+                    part = response.read1(65536)
+                    if not part:
+                        return response.status, bytes(content)
+                    content += part
+                    if len(content) > BODY_BYTES_MAX:
+                        raise http.client.HTTPException(f"an answer of more than {BODY_BYTES_MAX} bytes")
+        finally:
+            connection.close()
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, socket_path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._socket_path = socket_path
+
+    def connect(self) -> None:
+        wire = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            wire.settimeout(self.timeout)
+            wire.connect(os.fspath(self._socket_path))
+        except BaseException:
+            wire.close()
+            raise
+        self.sock = wire
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def connect(config: Config) -> Client:
+    """The client of the daemon that runs for this cache directory. Raises NotRunning with what to do."""
+    client = Client(config.socket_path)
+    try:
+        client.status()
+    except NotRunning as error:
+        raise NotRunning(
+            f"No Manta daemon runs for the cache directory {config.cache.dir}:"
+            " `manta mount` or `manta prefetch` start one, and --cache-dir picks another directory."
+        ) from error
+    return client
+
+
+def ensure_daemon(config: Config, *, deadline_s: float = START_S) -> Client:
+    """The client of the daemon of this cache directory, which is started when none runs.
+
+    A daemon that is just exiting (its socket refuses, it answers "shutting down", it still holds the cache directory) is waited
+    for, and two callers at the same time start one daemon. Raises what the daemon said when it could not start.
+    """
+    deadline = time.monotonic() + deadline_s
+    client = Client(config.socket_path)
+    held_until = time.monotonic() + min(HELD_S, deadline_s)
+    while True:
+        try:
+            client.status(timeout_s=max(RETRY_S, deadline - time.monotonic()))
+            return client
+        except NotRunning:
+            pass
+        except Unavailable:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(RETRY_S)
+            continue
+        config.make_instance_dir()
+        with _start_lock(config, deadline):
+            try:
+                client.status(timeout_s=max(RETRY_S, deadline - time.monotonic()))
+                return client  # who held the lock before has started it
+            except NotRunning:
+                pass
+            except Unavailable:
+                if time.monotonic() >= deadline:
+                    raise
+                continue
+            try:
+                _launch(config, deadline)
+            except InUse:
+                if time.monotonic() >= held_until:
+                    raise
+            else:
+                return Client(config.socket_path, launched=True)
+        time.sleep(RETRY_S)
+
+
+@contextmanager
+def _start_lock(config: Config, deadline: float) -> Iterator[None]:
+    """Holds the right to start this cache directory's daemon. The daemon itself does not inherit it."""
+    path = config.instance_dir / "start.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise Unavailable(f"Another command has been starting the daemon for too long ({path}).") from None
+                time.sleep(RETRY_S)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _launch(config: Config, deadline: float) -> None:
+    """Starts a detached daemon and returns when it says that it is ready. Raises what it says otherwise."""
+    ready, theirs = os.pipe()
+    try:
+        try:
+            process = _spawn(config, theirs)
+        finally:
+            os.close(theirs)
+        try:
+            line = _read_line(ready, deadline)
+        except BaseException:  # Ctrl-C: nobody would ever use what is starting
+            process.terminate()
+            _reap(process)
+            raise
+    finally:
+        os.close(ready)
+    log = config.log_path
+    if line is None:
+        process.terminate()
+        _reap(process)
+        raise Unavailable(f"The Manta daemon did not become ready in time; its log {log} ends: {_tail(log)}")
+    if not line:
+        try:
+            ended = f"exit status {process.wait(timeout=ANSWER_S)}"
+        except subprocess.TimeoutExpired:
+            ended = "still there"
+            process.terminate()
+            _reap(process)
+        raise Unavailable(f"The Manta daemon ended before it was ready ({ended}); its log {log} ends: {_tail(log)}")
+    # The daemon outlives this process. While this process lives, its end is collected here: no zombie in a foreground mount.
+    _reap(process)
+    try:
+        said = json.loads(line)
+        ok, code, message = bool(said.get("ok")), said.get("code", "error"), said.get("message", "")
+    except (ValueError, AttributeError) as error:
+        raise Unavailable(f"The Manta daemon said {line!r} instead of being ready; its log is {log}.") from error
+    if not ok:
+        raise BY_CODE.get(code, MantaError)(message or f"The Manta daemon could not start; its log is {log}.")
+
+
+def _spawn(config: Config, ready_fd: int) -> subprocess.Popen[bytes]:
+    try:
+        if config.log_path.stat().st_size > LOG_BYTES_MAX:
+            config.log_path.replace(config.log_path.with_name("daemon.log.1"))
+    except FileNotFoundError:
+        pass
+    log = os.open(config.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "manta", "daemon", "--ephemeral", "--ready-fd", str(ready_fd)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(ready_fd,),
+            start_new_session=True,
+            env={**os.environ, **config.environment()},
+        )
+    finally:
+        os.close(log)
+
+
+def _read_line(fd: int, deadline: float) -> str | None:
+    """The line that comes; "" when the other side closed without one, None when the deadline passed."""
+    content = b""
+    while b"\n" not in content:
+        readable, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        if not readable:
+            return None
+        part = os.read(fd, 65536)
+        if not part:
+            break
+        content += part
+    return content.partition(b"\n")[0].decode(errors="replace")
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    threading.Thread(target=process.wait, daemon=True, name=f"reap-{process.pid}").start()
+
+
+def _tail(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            lines = file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+    except OSError:
+        lines = []
+    return "\n  ".join(["", *lines]) if lines else "(empty)"

@@ -1,0 +1,201 @@
+"""The daemon's side of the control API: HTTP/1.1 on a unix socket, each request one call of the service. Here and only here.
+
+h11 does the protocol, trio the I/O. Bounded: connections, bodies, and the time a client may take to ask.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import h11
+import msgspec
+import trio
+
+from manta.control.protocol import (
+    BODY_BYTES_MAX,
+    Bound,
+    CacheListing,
+    CacheSelection,
+    Error,
+    GcRequest,
+    Job,
+    Mount,
+    MountRequest,
+    PrefetchRequest,
+    Removal,
+    Status,
+)
+from manta.errors import (
+    Absent,
+    CacheBroken,
+    Corrupt,
+    Denied,
+    InUse,
+    Invalid,
+    MantaError,
+    NoSpace,
+    NotRunning,
+    Unavailable,
+)
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 64
+ASK_SECONDS_MAX = 10.0
+"""A client is a local program that has its request ready."""
+
+_STATUS: dict[type[MantaError], int] = {
+    Invalid: 400,
+    Denied: 403,
+    Absent: 404,
+    InUse: 409,
+    NoSpace: 507,
+    Unavailable: 503,
+    NotRunning: 503,
+    Corrupt: 500,
+    CacheBroken: 500,
+}
+
+
+class Service(Protocol):
+    """What the API offers; see `manta.control.protocol` for what each means. Every call raises `manta.errors`."""
+
+    async def status(self) -> Status: ...
+    async def mount(self, request: MountRequest) -> Mount: ...
+    async def bound(self, mount_id: str, bound: Bound) -> Mount: ...
+    async def unmount(self, mount_id: str) -> Mount: ...
+    async def prefetch(self, request: PrefetchRequest) -> Job: ...
+    async def job(self, job_id: str) -> Job: ...
+    async def cancel_job(self, job_id: str) -> Job: ...
+    async def cache(self) -> CacheListing: ...
+    async def verify(self, selection: CacheSelection) -> Job: ...
+    async def pin(self, selection: CacheSelection) -> CacheListing: ...
+    async def unpin(self, selection: CacheSelection) -> CacheListing: ...
+    async def remove(self, selection: CacheSelection) -> Removal: ...
+    async def collect(self, request: GcRequest) -> Removal: ...
+    async def shut_down(self) -> Status: ...
+
+
+_Call = Callable[..., Awaitable[msgspec.Struct]]
+
+
+class ControlServer:
+    """Serves `service` on the socket at `path`. `connected` counts clients, so that a daemon does not leave in mid-answer."""
+
+    def __init__(self, service: Service, path: Path) -> None:
+        self._path = path
+        self.connected = 0
+        # method, path (a group is an argument), what the body is, what to call
+        routes: list[tuple[str, str, type[msgspec.Struct] | None, _Call]] = [
+            ("GET", "/v1/status", None, service.status),
+            ("POST", "/v1/mounts", MountRequest, service.mount),
+            ("POST", "/v1/mounts/([^/]+)/bound", Bound, service.bound),
+            ("DELETE", "/v1/mounts/([^/]+)", None, service.unmount),
+            ("POST", "/v1/prefetch", PrefetchRequest, service.prefetch),
+            ("GET", "/v1/jobs/([^/]+)", None, service.job),
+            ("DELETE", "/v1/jobs/([^/]+)", None, service.cancel_job),
+            ("GET", "/v1/cache", None, service.cache),
+            ("POST", "/v1/cache/verify", CacheSelection, service.verify),
+            ("POST", "/v1/cache/pin", CacheSelection, service.pin),
+            ("POST", "/v1/cache/unpin", CacheSelection, service.unpin),
+            ("POST", "/v1/cache/rm", CacheSelection, service.remove),
+            ("POST", "/v1/cache/gc", GcRequest, service.collect),
+            ("POST", "/v1/shutdown", None, service.shut_down),
+        ]
+        self._routes = [(method, re.compile(pattern), body, call) for method, pattern, body, call in routes]
+
+    async def listen(self) -> trio.SocketListener:
+        """Binds the socket, in place of one that a dead daemon left. The caller holds the cache directory's lock."""
+        self._path.unlink(missing_ok=True)
+        sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await sock.bind(str(self._path))
+        os.chmod(self._path, 0o600)
+        sock.listen(CONNECTIONS_MAX)
+        return trio.SocketListener(sock)
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        """Answers clients as long as it is not cancelled."""
+        await trio.serve_listeners(self._converse, [listener])
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        """One connection, one request: clients are commands, not browsers."""
+        self.connected += 1
+        try:
+            async with stream:
+                if self.connected > CONNECTIONS_MAX:
+                    return
+                connection = h11.Connection(h11.SERVER)
+                try:
+                    status, answer = await self._answer(stream, connection)
+                except (h11.RemoteProtocolError, trio.BrokenResourceError, trio.TooSlowError):
+                    return
+                body = msgspec.json.encode(answer)
+                head = h11.Response(
+                    status_code=status,
+                    headers=[
+                        ("content-type", "application/json"),
+                        ("content-length", str(len(body))),
+                        ("connection", "close"),
+                    ],
+                )
+                data = connection.send(head) or b""
+                data += connection.send(h11.Data(data=body)) or b""
+                data += connection.send(h11.EndOfMessage()) or b""
+                with trio.move_on_after(ASK_SECONDS_MAX):
+                    await stream.send_all(data)
+        except trio.BrokenResourceError:
+            pass  # the client went away; what it asked for has been done
+        finally:
+            self.connected -= 1
+
+    async def _answer(self, stream: trio.SocketStream, connection: h11.Connection) -> tuple[int, msgspec.Struct]:
+        with trio.fail_after(ASK_SECONDS_MAX):
+            request, body = await _read_request(stream, connection)
+        if len(body) > BODY_BYTES_MAX:
+            return 413, Error("invalid", f"The request is larger than {BODY_BYTES_MAX} bytes.")
+        try:
+            return 200, await self._call(request.method.decode(), request.target.decode(), body)
+        except MantaError as e:
+            number = next((_STATUS[kind] for kind in type(e).__mro__ if kind in _STATUS), 500)
+            return number, Error(e.code, e.message)
+        except Exception as e:
+            log.exception("a control request failed in an unforeseen way")
+            return 500, Error("error", f"The daemon failed ({type(e).__name__}); its log has the details.")
+
+    async def _call(self, method: str, target: str, body: bytes) -> msgspec.Struct:
+        for known_method, pattern, kind, call in self._routes:
+            match = pattern.fullmatch(target)
+            if method == known_method and match is not None:
+                arguments: list[Any] = list(match.groups())
+                if kind is not None:
+                    try:
+                        arguments.append(msgspec.json.decode(body or b"{}", type=kind))
+                    except msgspec.MsgspecError as e:
+                        raise Invalid(f"The request is not what {method} {target} takes: {e}.") from e
+                return await call(*arguments)
+        raise Absent(f"The control API has no {method} {target}; the client may be of another version than the daemon.")
+
+
+async def _read_request(stream: trio.SocketStream, connection: h11.Connection) -> tuple[h11.Request, bytes]:
+    """Raises h11.RemoteProtocolError for what is no request. Reads little more than BODY_BYTES_MAX of a body."""
+    request: h11.Request | None = None
+    body = bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await stream.receive_some(65536))
+        elif isinstance(event, h11.Request):
+            request = event
+        elif isinstance(event, h11.Data):
+            body += event.data
+            if len(body) > BODY_BYTES_MAX and request is not None:
+                return request, bytes(body)
+        elif isinstance(event, h11.EndOfMessage) and request is not None:
+            return request, bytes(body)
+        else:
+            raise h11.RemoteProtocolError("no request")

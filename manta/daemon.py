@@ -1,0 +1,459 @@
+"""The daemon: the composition root. Builds everything, opens the one nursery, offers the control API, ends in order.
+
+One daemon owns a cache directory, its workers, and one FUSE filesystem whose directories are the mounts. `run` is called by `manta daemon`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import trio
+
+from manta import __version__
+from manta.cache.metadata import MetadataStore
+from manta.cache.pins import Pins
+from manta.cache.store import Store
+from manta.config import Config
+from manta.control.binding import MOUNTINFO, mounted_at, mounts, unbind
+from manta.control.protocol import (
+    Bound,
+    CacheListing,
+    CacheSelection,
+    FileTransfer,
+    GcRequest,
+    Job,
+    Mount,
+    MountRequest,
+    PrefetchRequest,
+    Removal,
+    Status,
+)
+from manta.control.server import ControlServer
+from manta.errors import InUse, MantaError, Unavailable
+from manta.fetch.fetcher import Fetcher
+from manta.fetch.sealer import Sealer
+from manta.fetch.sources import Provenance
+from manta.fetch.transfer import Transfer
+from manta.fetch.workers import WorkerPool
+from manta.fs.filesystem import Filesystem
+from manta.fuse import kernel_settings
+from manta.fuse.pyfuse3_session import Pyfuse3Session
+from manta.hub.catalog import Catalog
+from manta.hub.huggingface import HuggingFaceHub
+from manta.hub.origin import Access, default_access
+from manta.model.ids import BlobId, parse_target
+from manta.operations.failures import Failures
+from manta.operations.housekeeping import Housekeeping
+from manta.operations.jobs import Jobs
+from manta.operations.mounts import Mounted, Mounts
+
+log = logging.getLogger(__name__)
+
+LINGER_SECONDS = 1.0
+"""An ephemeral daemon stays this long without a mount, a job or a client: a script that unmounts and mounts again finds it still there."""
+
+MOUNTINFO_SECONDS = 5.0
+"""mountinfo is looked at this often also when the kernel announces no change."""
+
+
+class Daemon:
+    """Everything that runs, and the control API over it. `run` builds it and returns when it is told to stop."""
+
+    def __init__(self, config: Config, store: Store, ephemeral: bool) -> None:
+        self._config = config
+        self._store = store
+        self._ephemeral = ephemeral
+        self._started = time.time()
+        self._direct = os.geteuid() != 0
+        self._failures = Failures()
+        self._read_bytes = 0
+        self._stopping = trio.Event()
+        self._stirred = trio.Event()  # something ended that may have been the last
+        self._metadata = MetadataStore(store.layout.meta)
+        self._pins = Pins(store.layout.pins)
+        self._workers = WorkerPool(config.fetch.workers)
+        self._sealer = Sealer(self._workers, self._failures.add)
+        self._hub = HuggingFaceHub(config.hub)
+        self._fetcher = Fetcher(
+            store,
+            self._workers,
+            None if config.hub.offline else self._hub,
+            config.fetch,
+            self._failures.add,
+            self._sealer.grown,
+        )
+        # Built in `run`, where there is a nursery.
+        self._mounts: Mounts
+        self._jobs: Jobs
+        self._access: Access
+        self._filesystem: Filesystem
+        self._housekeeping: Housekeeping
+        self._control: ControlServer
+        self._session: Pyfuse3Session | None = None
+        self._session_ended = trio.Event()
+        self._nursery: trio.Nursery
+
+    # Life ------------------------------------------------------------------------------------------------------------
+
+    async def run(self, ready: _Readiness) -> None:
+        """Serves until stopped. Raises what keeps it from starting."""
+        config = self._config
+        config.make_instance_dir()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._access = await trio.to_thread.run_sync(default_access)
+            catalog = Catalog(
+                self._hub,
+                self._metadata,
+                nursery,
+                offline=config.hub.offline,
+                timeout_s=config.hub.timeout_s,
+                owner=self._access,
+            )
+            self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
+            self._filesystem = Filesystem(self._mounts.folder, self, self._count_read, fill=config.fetch.fill)
+            self._jobs = Jobs(nursery, catalog, self._fetcher, self._store, self._stir)
+            self._housekeeping = Housekeeping(
+                self._store, self._metadata, self._pins, config.cache, self._mounted_blobs
+            )
+            self._control = ControlServer(self, config.socket_path)
+            await nursery.start(self._fetcher.run)
+            nursery.start_soon(self._workers.run)
+            nursery.start_soon(self._sealer.run, self._fetcher)
+            nursery.start_soon(self._housekeeping.run)
+            nursery.start_soon(self._heed_signals)
+            listener = None
+            try:
+                if not self._direct:
+                    self._mount_root(config.mount_root)
+                listener = await self._control.listen()
+                nursery.start_soon(self._control.serve, listener)
+                nursery.start_soon(self._watch_mounts)
+                ready.announce(None)
+                log.info("manta %s serves %s, pid %d", __version__, config.cache.dir, os.getpid())
+                await self._until_stopped()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._end_session()
+                    if listener is not None:
+                        await listener.aclose()
+                        config.socket_path.unlink(missing_ok=True)
+                nursery.cancel_scope.cancel()
+
+    async def _until_stopped(self) -> None:
+        """Returns when told to stop, or, when ephemeral, with the last mount, job and client."""
+        while not self._stopping.is_set():
+            self._stirred = trio.Event()
+            with trio.move_on_after(LINGER_SECONDS) as idle:
+                async with trio.open_nursery() as waiting:
+
+                    async def until(event: trio.Event) -> None:
+                        await event.wait()
+                        waiting.cancel_scope.cancel()
+
+                    waiting.start_soon(until, self._stopping)
+                    waiting.start_soon(until, self._stirred)
+                    await trio.sleep_forever()
+            if idle.cancelled_caught and self._ephemeral and not self._busy:
+                log.info("nothing is mounted any more: leaving")
+                self._stopping.set()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(len(self._mounts) or self._jobs.running or self._control.connected)
+
+    async def _heed_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("stopping: %s", signal.Signals(number).name)
+                self._stopping.set()
+
+    def _stir(self) -> None:
+        self._stirred.set()
+
+    # The FUSE mount --------------------------------------------------------------------------------------------------
+
+    def _mount_root(self, root: Path) -> None:
+        _detach_stale(root)
+        root.mkdir(mode=0o700, exist_ok=True)
+        self._start_session(root)
+
+    def _start_session(self, directory: Path) -> None:
+        """Raises Denied, Unavailable. The kernel's INIT is answered by the session's loop, so nobody may look before it runs."""
+        session = Pyfuse3Session(self._filesystem, f"manta:{self._config.instance_dir.name}")
+        session.mount(directory)
+        self._session = session
+        self._session_ended = trio.Event()
+        self._nursery.start_soon(self._serve_session, session)
+        if (entry := mounted_at(str(directory))) is not None:
+            kernel_settings.apply(entry.device, self._config.fuse.readahead_kib, self._config.instance_dir)
+
+    async def _serve_session(self, session: Pyfuse3Session) -> None:
+        try:
+            await session.serve()
+            if self._direct:
+                for mounted in self._mounts:
+                    self._mounts.remove(mounted.id)  # fusermount3 -u
+            elif not self._stopping.is_set():
+                log.warning("the filesystem was unmounted from outside: leaving")
+                self._stopping.set()
+        finally:
+            # In this thread on purpose: libfuse's session is not to be touched from two. Its umount2 is lazy and does not wait.
+            session.close()
+            self._filesystem.close()
+            self._session = None
+            self._session_ended.set()
+
+    async def _end_session(self) -> None:
+        """Unmounts everything, lazily where it is busy: readers keep what they have open until the process ends."""
+        if self._session is None:
+            return
+        directory = self._config.mount_root if not self._direct else Path(self._mounts.only.directory)
+        entry = mounted_at(str(directory))
+        if entry is not None:
+            _unmount_all(entry.device)
+        with trio.move_on_after(5):
+            await self._session_ended.wait()
+        if entry is not None and not self._session_ended.is_set():
+            kernel_settings.abort(entry.device, self._config.instance_dir)
+
+    async def _watch_mounts(self) -> None:
+        """Ends mounts whose binding is gone. The kernel marks mountinfo readable-with-priority when a mount comes or goes."""
+        with MOUNTINFO.open() as mountinfo, contextlib.closing(select.epoll()) as poll:
+            poll.register(mountinfo.fileno(), select.EPOLLPRI | select.EPOLLERR)
+            while True:
+                with trio.move_on_after(MOUNTINFO_SECONDS):
+                    await trio.lowlevel.wait_readable(poll.fileno())
+                    poll.poll(0)
+                if not self._direct:
+                    self._mounts.drop_unbound(self._bound_roots(), trio.current_time())
+
+    def _bound_roots(self) -> set[str]:
+        """The names of mounts that are bound somewhere in this mount namespace."""
+        entries = mounts()
+        ours = mounted_at(str(self._config.mount_root), entries)
+        if ours is None:
+            return set()
+        return {e.root.strip("/").split("/")[0] for e in entries if e.device == ours.device and e.root != "/"}
+
+    def _mount_gone(self, mounted: Mounted) -> None:
+        """Nobody asked for the whole of its files any more, unless another mount shows them."""
+        shown = self._mounted_blobs()
+        for entry in mounted.scope.files():
+            if entry.blob is not None and entry.blob not in shown:
+                self._fetcher.stop_background(str(entry.blob))
+        if self._session is not None and not self._direct:
+            self._session.forget_name(mounted.id, self._filesystem.number(mounted.root))
+        self._stir()
+
+    def _mounted_blobs(self) -> set[BlobId]:
+        return {entry.blob for entry in self._mounts.files() if entry.blob is not None}
+
+    # What the filesystem needs ---------------------------------------------------------------------------------------
+
+    def open(self, provenance: Provenance) -> Transfer:
+        return self._fetcher.open(provenance)
+
+    def close(self, transfer: Transfer) -> None:
+        self._fetcher.close(transfer)
+
+    def cached_bytes(self, provenance: Provenance) -> tuple[int, bool]:
+        info = self._store.find(provenance.entry.blob) if provenance.entry.blob is not None else None
+        return (info.cached, info.sealed) if info is not None else (0, False)
+
+    def totals(self) -> tuple[int, int]:
+        size = files = 0
+        for entry in self._mounts.files():
+            size, files = size + entry.size, files + 1
+        return size, files
+
+    def _count_read(self, count: int) -> None:
+        self._read_bytes += count
+
+    # The control API -------------------------------------------------------------------------------------------------
+
+    async def status(self) -> Status:
+        now = trio.current_time()
+        return Status(
+            version=__version__,
+            pid=os.getpid(),
+            started=self._started,
+            cache_dir=str(self._store.directory),
+            runtime_dir=str(self._config.instance_dir),
+            endpoint=self._hub.endpoint,
+            offline=self._config.hub.offline,
+            fuse=Pyfuse3Session.name,
+            ephemeral=self._ephemeral,
+            mounts=[self._mounts.describe(mounted, self._failures) for mounted in self._mounts],
+            transfers=[
+                FileTransfer(str(t.blob.id), t.name, t.blob.size, t.blob.cached_bytes) for t in self._fetcher.active
+            ],
+            cache_bytes=self._store.cached_bytes,
+            cache_limit=self._config.cache.size,
+            disk_free=self._store.disk_free(),
+            origin_rate=self._fetcher.origin_meter.rate(now),
+            origin_bytes=self._fetcher.origin_meter.total,
+            read_bytes=self._read_bytes,
+            workers=len(self._workers.pids),
+            errors=self._failures.all(),
+        )
+
+    async def mount(self, request: MountRequest) -> Mount:
+        self._refuse_when_stopping()
+        mounted = await self._mounts.create(request, self._access_of(request.token))
+        if self._direct:
+            try:
+                self._start_session(Path(request.directory))
+            except MantaError:
+                self._mounts.remove(mounted.id)
+                raise
+            mounted.seen_bound = True
+        return self._mounts.describe(mounted, self._failures)
+
+    async def bound(self, mount_id: str, bound: Bound) -> Mount:
+        return self._mounts.describe(self._mounts.bound(mount_id, bound.directory), self._failures)
+
+    async def unmount(self, mount_id: str) -> Mount:
+        mounted = self._mounts[mount_id]
+        described = self._mounts.describe(mounted, self._failures)
+        if self._direct:
+            await self._end_session()
+        else:
+            self._mounts.remove(mount_id)
+        return described
+
+    async def prefetch(self, request: PrefetchRequest) -> Job:
+        self._refuse_when_stopping()
+        return await self._jobs.prefetch(parse_target(request.target), self._access_of(request.token))
+
+    async def job(self, job_id: str) -> Job:
+        return self._jobs[job_id]
+
+    async def cancel_job(self, job_id: str) -> Job:
+        return self._jobs.cancel(job_id)
+
+    async def cache(self) -> CacheListing:
+        return await self._housekeeping.listing()
+
+    async def verify(self, selection: CacheSelection) -> Job:
+        if selection.names:
+            return self._jobs.verify(sorted(await self._housekeeping.select(selection.names)))
+        return self._jobs.verify(sorted(info.id for info in self._store.listing()))
+
+    async def pin(self, selection: CacheSelection) -> CacheListing:
+        return await self._housekeeping.pin(selection.names)
+
+    async def unpin(self, selection: CacheSelection) -> CacheListing:
+        return await self._housekeeping.unpin(selection.names)
+
+    async def remove(self, selection: CacheSelection) -> Removal:
+        return await self._housekeeping.remove(selection.names)
+
+    async def collect(self, request: GcRequest) -> Removal:
+        return await self._housekeeping.collect(request.size, dry_run=request.dry_run)
+
+    async def shut_down(self) -> Status:
+        status = await self.status()
+        self._stopping.set()
+        return status
+
+    def _access_of(self, token: str) -> Access:
+        return Access(token) if token else self._access
+
+    def _refuse_when_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise Unavailable("The daemon is shutting down. Try again in a moment.")
+
+
+# Mount hygiene -----------------------------------------------------------------------------------------------------------
+
+
+def _unmount_all(device: str) -> None:
+    """Unmounts a filesystem of ours wherever it is visible, lazily: what is busy goes when it is let go."""
+    for entry in reversed(mounts()):
+        if entry.device == device:
+            try:
+                unbind(entry.directory, lazy=True)
+            except MantaError as e:
+                log.info("%s could not be unmounted: %s", entry.directory, e.message)
+
+
+def _detach_stale(root: Path) -> None:
+    """Takes away what a daemon that died left mounted: the cache's lock is ours, so nobody serves it."""
+    while (entry := mounted_at(str(root))) is not None:
+        if not entry.is_manta:
+            raise InUse(
+                f"{root} is a mountpoint of something else ({entry.fstype}); unmount it, or choose another runtime directory."
+            )
+        log.warning("detaching %s and what is bound to it, which a daemon that died left behind", root)
+        _unmount_all(entry.device)
+        if mounted_at(str(root)) == entry:
+            raise InUse(f"The dead mount on {root} cannot be detached; run `umount -l {root}`.")
+
+
+# Start -------------------------------------------------------------------------------------------------------------------
+
+
+class _Readiness:
+    """Tells whoever started the daemon how that went: one line of JSON on a descriptor, once."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def announce(self, error: MantaError | None) -> None:
+        if self._fd is None:
+            return
+        answer = {"ok": True} if error is None else {"code": error.code, "message": error.message}
+        with contextlib.suppress(OSError):  # who asked may be gone
+            os.write(self._fd, json.dumps(answer).encode() + b"\n")
+        os.close(self._fd)
+        self._fd = None
+
+
+def _error_of(group: BaseException) -> MantaError | None:
+    """The first of our errors in a group that a nursery raised."""
+    if isinstance(group, MantaError):
+        return group
+    if isinstance(group, BaseExceptionGroup):
+        for inner in group.exceptions:
+            if (found := _error_of(inner)) is not None:
+                return found
+    return None
+
+
+def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
+    """Runs a daemon until it is stopped. Returns the exit code: 0, or 1 after saying what kept it from starting.
+
+    `ephemeral`: leave with the last mount. `ready_fd`: a descriptor to announce the start on; it is closed.
+    """
+    logging.basicConfig(
+        level=config.daemon.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # huggingface_hub's client tells every request
+    ready = _Readiness(ready_fd)
+    try:
+        with Store(config.cache.dir) as store:
+            trio.run(Daemon(config, store, ephemeral).run, ready)
+    except BaseException as e:
+        error = _error_of(e)
+        if error is None:
+            log.exception("the daemon failed")
+            error = Unavailable(f"The daemon failed unexpectedly ({type(e).__name__}); its log has the details.")
+            ready.announce(error)
+            if isinstance(e, Exception):
+                return 1
+            raise
+        log.error("%s", error.message)
+        ready.announce(error)
+        return 1
+    return 0

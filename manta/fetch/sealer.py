@@ -1,0 +1,124 @@
+"""Verifies blobs against the hub's digest while their chunks arrive, and seals them. Here and only here.
+
+Runs in the daemon's trio thread; the digest worker does the arithmetic. A blob's digest follows its complete prefix, so that the
+bytes are still in the page cache when they are digested, and little is left to do when the last chunk comes.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from manta.errors import CacheBroken, Corrupt, MantaError, Unavailable
+from manta.fetch.fetcher import Fetcher, OnFailure
+from manta.fetch.scheduler import Priority
+from manta.fetch.transfer import Transfer
+from manta.fetch.workers import Workers
+from manta.wire.messages import Digested, Failed
+
+log = logging.getLogger(__name__)
+
+DIGESTS_MAX = 4
+"""Digest orders under way; the digest worker runs them in threads, and hashing releases the GIL."""
+
+STEP_BYTES_MAX = 1024**3
+"""Bytes in one order: bounds how long one blob keeps a thread (0.6 s of sha256)."""
+
+FAILURES_MAX = 3
+"""Times that a blob's digest may be lost to a dying worker before it is left for later."""
+
+REFETCHES_MAX = 1
+"""A blob whose digest is wrong is fetched anew once. Wrong twice is not an accident of the network."""
+
+
+class Sealer:
+    """`failed` hears of each blob that is corrupt."""
+
+    def __init__(self, workers: Workers, failed: OnFailure) -> None:
+        self._workers = workers
+        self._failed = failed
+        self._limiter = trio.CapacityLimiter(DIGESTS_MAX)
+        self._following: set[Transfer] = set()
+        self._nursery: trio.Nursery | None = None
+        self._waiting: list[Transfer] = []  # grown before `run`
+        self._fetcher: Fetcher | None = None
+
+    async def run(self, fetcher: Fetcher) -> None:
+        """Follows the blobs named to `grown` as long as it is not cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery, self._fetcher = nursery, fetcher
+            for transfer in self._waiting:
+                self.grown(transfer)
+            self._waiting.clear()
+            await trio.sleep_forever()
+
+    def grown(self, transfer: Transfer) -> None:
+        """More of the blob is there."""
+        if self._nursery is None:
+            self._waiting.append(transfer)
+        elif transfer not in self._following and not transfer.blob.sealed and transfer.broken is None:
+            self._following.add(transfer)
+            transfer.users += 1
+            self._nursery.start_soon(self._follow, transfer)
+
+    async def _follow(self, transfer: Transfer) -> None:
+        assert self._fetcher is not None
+        try:
+            await self._advance(transfer)
+        except MantaError as e:
+            self._failed(transfer.sources.best, e)
+        finally:
+            self._following.discard(transfer)
+            self._fetcher.close(transfer)
+
+    async def _advance(self, transfer: Transfer) -> None:
+        blob, failures = transfer.blob, 0
+        while not blob.sealed:
+            at = transfer.digested
+            end = min(blob.prefix_end, at + STEP_BYTES_MAX)
+            if end <= at:
+                return  # `grown` comes again
+            async with self._limiter:
+                answer = await self._workers.digest(str(blob.id), at, end, blob.size, blob.fd)
+            if isinstance(answer, Failed):
+                if answer.reason in {"no_space", "cache_broken"}:
+                    raise CacheBroken(f"{transfer.name} could not be verified: {answer.message}.")
+                failures += 1
+                if failures > FAILURES_MAX:
+                    raise Unavailable(
+                        f"{transfer.name} could not be verified: {answer.message}. Its bytes stay; it is verified later."
+                    )
+                transfer.digested = 0  # the worker was replaced: from the start
+                continue
+            transfer.digested = end
+            if answer.hex:
+                await self._conclude(transfer, answer)
+
+    async def _conclude(self, transfer: Transfer, answer: Digested) -> None:
+        blob = transfer.blob
+        transfer.digested = 0
+        if answer.hex == blob.id.hex:
+            await trio.to_thread.run_sync(blob.seal)
+            transfer.sealed.set()
+            log.info("sealed %s (%s)", blob.id, transfer.name)
+            return
+        again = transfer.refetches < REFETCHES_MAX
+        error = Corrupt(
+            f"{transfer.name}: its bytes have the digest {answer.hex}, the hub says {blob.id.hex}; they were thrown away and "
+            + (
+                "are fetched anew."
+                if again
+                else "are not tried again. Report it to the owner of the repo; unmount and mount to retry."
+            )
+        )
+        log.error("%s", error.message)
+        blob.discard(error.message)
+        transfer.sources.location = None
+        if again:
+            transfer.refetches += 1
+            transfer.want_whole(Priority.FILL)
+        else:
+            transfer.broken = error
+        transfer.stir()
+        self._failed(transfer.sources.best, error)

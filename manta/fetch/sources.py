@@ -1,0 +1,61 @@
+"""Where a blob's bytes can come from: the places in repos that show it, and the location the hub named last. Pure values.
+
+Built by `manta.fs` (which knows the path that was opened), used by `manta.fetch.fetcher`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from manta.hub.origin import Access, Location
+from manta.model.ids import Commit, RepoId
+from manta.model.snapshot import FileEntry
+
+PROVENANCES_MAX = 4
+"""Places remembered per blob. One is enough while it works; the others are for a repo that vanishes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """One place where the origin has a blob, and the right by which we may have it."""
+
+    repo: RepoId
+    commit: Commit
+    entry: FileEntry
+    access: Access
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.entry.path}"
+
+
+class Sources:
+    """The provenances of one blob, best first, and the location that the best one led to."""
+
+    def __init__(self) -> None:
+        self._provenances: list[Provenance] = []
+        self.location: Location | None = None
+
+    def add(self, provenance: Provenance) -> None:
+        """What was asked for last is tried first: it is what somebody has a right to now."""
+        if self._provenances and self._provenances[0] == provenance:
+            return
+        if provenance in self._provenances:
+            self._provenances.remove(provenance)
+        self._provenances.insert(0, provenance)
+        del self._provenances[PROVENANCES_MAX:]
+
+    def demote(self, provenance: Provenance) -> bool:
+        """`provenance` leads nowhere: try the others first. False where there is no other."""
+        if len(self._provenances) < 2:
+            return False
+        self._provenances.remove(provenance)
+        self._provenances.append(provenance)
+        return True
+
+    @property
+    def best(self) -> Provenance:
+        return self._provenances[0]
+
+    def __iter__(self) -> Iterator[Provenance]:
+        return iter(self._provenances)

@@ -1,0 +1,186 @@
+"""One blob that is being read or fetched: what of it is there, who waits for which bytes. Here and only here.
+
+Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fetch.fetcher` does, and hears through `asked`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from manta.cache.store import Blob
+from manta.errors import MantaError, Unavailable
+from manta.fetch.scheduler import Priority, Scheduler, Want
+from manta.fetch.sources import Sources
+from manta.model.extents import Extent, ExtentSet
+
+HEAD_START_BYTES = 256 * 1024
+"""A reader that waits for bytes this close to a chunk's beginning gets them from a fetch of the whole chunk: at 1 Gbit/s the detour costs
+2 ms, a second request for the chunk's beginning costs a round trip."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    extent: Extent
+    woken: trio.Event = field(default_factory=trio.Event)
+    error: MantaError | None = None
+
+
+class Transfer:
+    """Made by `Fetcher.open`, shared by everybody who uses the blob; each calls `close` once."""
+
+    def __init__(self, blob: Blob, scheduler: Scheduler, asked: Callable[[Transfer], None], patience_s: float) -> None:
+        self.blob = blob
+        self.sources = Sources()
+        self.users = 0
+        self.refetches = 0
+        """How often the complete blob was found corrupt and fetched anew."""
+        self.broken: MantaError | None = None
+        """Set when fetching it anew is pointless; missing bytes are then answered with this."""
+        self.sealed = trio.Event()
+        self.digested = 0
+        """Bytes from its start that the digest worker has digested."""
+        self.locating = False
+        self.attempts: dict[int, int] = {}
+        self._arrived: dict[int, ExtentSet] = {}  # bytes of chunks that are not complete
+        self._waiters: set[_Waiter] = set()
+        self._scheduler = scheduler
+        self._asked = asked
+        self._patience_s = patience_s
+        if blob.sealed:
+            self.sealed.set()
+
+    # For readers -----------------------------------------------------------------------------------------------------
+
+    def readable(self, extent: Extent) -> bool:
+        """Whether all bytes of `extent` (within the blob) are in the cache file."""
+        grid = self.blob.grid
+        for chunk in self.blob.missing(extent):
+            arrived, of_chunk = self._arrived.get(chunk), grid.extent(chunk)
+            part = Extent(max(extent.start, of_chunk.start), min(extent.end, of_chunk.end))
+            if arrived is None or not arrived.covers(part):
+                return False
+        return True
+
+    async def ensure(self, extent: Extent) -> None:
+        """Returns once `extent` (within the blob) is in the cache file, to be read before the next checkpoint.
+
+        Raises what became of the fetch, or Unavailable when nothing came in time. Cancelling it cancels no fetch.
+        """
+        if self.readable(extent):
+            return
+        waiter = _Waiter(extent)
+        self._waiters.add(waiter)
+        try:
+            with trio.move_on_after(self._patience_s) as patience:
+                while True:
+                    if self.broken is not None:
+                        raise self.broken
+                    for chunk in self.blob.missing(extent):
+                        first = max(extent.start, self.blob.grid.extent(chunk).start)
+                        self._scheduler.want(self.blob.id, chunk, Priority.DEMAND, first)
+                    self._asked(self)
+                    await waiter.woken.wait()
+                    if self.readable(extent):
+                        return
+                    if waiter.error is not None:
+                        raise waiter.error
+                    waiter.woken = trio.Event()
+            assert patience.cancelled_caught
+            raise Unavailable(
+                f"{self.name}: bytes {extent} did not come within {self._patience_s:g} s; the origin or the network is"
+                " too slow or stuck. Try again, or look at `manta status`."
+            )
+        finally:
+            self._waiters.discard(waiter)
+
+    def look_ahead(self, chunks: range, beyond: Extent) -> None:
+        """Has `chunks` fetched soon: a reader that now reads `beyond` will want them."""
+        missing = [c for c in chunks if not self.blob.has(c)]
+        self._scheduler.look_ahead(
+            self.blob.id, [(c, max(beyond.end, self.blob.grid.extent(c).start)) for c in missing]
+        )
+        if missing:
+            self._asked(self)
+
+    def want_whole(self, priority: Priority) -> None:
+        """Has every missing chunk fetched, at PREFETCH or FILL."""
+        if not self.blob.complete and self.broken is None:
+            self._scheduler.want_whole(self.blob.id, priority)
+            self._asked(self)
+
+    async def complete(self) -> None:
+        """Fetches all of it (PREFETCH) and returns when it is sealed. Raises what became of the fetch.
+
+        It has no deadline of its own: it gives up when nothing has come for the reader's patience.
+        """
+        while not self.sealed.is_set():
+            if self.broken is not None:
+                raise self.broken
+            waiter = _Waiter(Extent(0, self.blob.size))
+            self._waiters.add(waiter)
+            before = self.blob.cached_bytes
+            try:
+                self.want_whole(Priority.PREFETCH)
+                with trio.move_on_after(self._patience_s) as patience:
+                    if self.blob.complete:
+                        await self.sealed.wait()
+                    else:
+                        await waiter.woken.wait()
+            finally:
+                self._waiters.discard(waiter)
+            if waiter.error is not None:
+                raise waiter.error
+            if patience.cancelled_caught and not self.blob.complete and self.blob.cached_bytes == before:
+                raise Unavailable(
+                    f"{self.name}: nothing came for {self._patience_s:g} s. Try again; what is here stays."
+                )
+
+    @property
+    def name(self) -> str:
+        """For people: one path by which it was asked for."""
+        return str(self.sources.best)
+
+    # For the fetcher -------------------------------------------------------------------------------------------------
+
+    def extents_for(self, want: Want) -> list[Extent]:
+        """What to fetch of a chunk, in order: from `want.first` on, then what lies before it; not what has arrived."""
+        of_chunk = self.blob.grid.extent(want.chunk)
+        first = want.first if of_chunk.start + HEAD_START_BYTES < want.first < of_chunk.end else of_chunk.start
+        arrived = self._arrived.setdefault(want.chunk, ExtentSet())
+        return [*arrived.gaps(Extent(first, of_chunk.end)), *arrived.gaps(Extent(of_chunk.start, first))]
+
+    def arrived(self, chunk: int, at: int, upto: int) -> None:
+        """Bytes of an order under way are in the cache file."""
+        self._arrived.setdefault(chunk, ExtentSet()).add(Extent(at, upto))
+        self.wake()
+
+    def recorded(self, chunk: int) -> None:
+        """The chunk is complete and in the chunk map."""
+        self._arrived.pop(chunk, None)
+        self.attempts.pop(chunk, None)
+        self.wake()
+
+    def distrust(self, chunk: int) -> None:
+        """What arrived of the chunk may be wrong: fetch all of it again."""
+        self._arrived.pop(chunk, None)
+
+    def wake(self) -> None:
+        """Wakes the waiters whose bytes are there."""
+        for waiter in self._waiters:
+            if not waiter.woken.is_set() and self.readable(waiter.extent):
+                waiter.woken.set()
+
+    def fail(self, error: MantaError, chunk: int | None = None) -> None:
+        """Gives `error` to those who wait for `chunk` (None: for anything)."""
+        for waiter in self._waiters:
+            if chunk is None or chunk in self.blob.grid.chunks(waiter.extent):
+                waiter.error = error
+                waiter.woken.set()
+
+    def stir(self) -> None:
+        """Has every waiter look again and ask again: chunks it counted on are gone."""
+        for waiter in self._waiters:
+            waiter.woken.set()

@@ -1,0 +1,297 @@
+"""The worker processes as the daemon sees them: started, given orders, replaced when they die. Here and only here.
+
+`WorkerPool` runs in the daemon's trio thread. `Workers` is what the fetcher and the sealer need of it; `manta.testing.workers` has another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import msgspec
+import trio
+
+from manta.errors import Unavailable
+from manta.wire.channel import Closed, pair, receive_nowait, send_nowait
+from manta.wire.messages import (
+    Cancel,
+    Digest,
+    Digested,
+    Failed,
+    Fetch,
+    Fetched,
+    FromWorker,
+    Locate,
+    Located,
+    Progress,
+    Ready,
+    ToWorker,
+    decode_from_worker,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+START_SECONDS_MAX = 30.0
+"""A worker is up in about 0.4 s; a machine that is starting fifty pods may take far longer."""
+
+SILENCE_SLACK_SECONDS = 10.0
+"""How much longer than its own deadline a worker may be silent about an order before it counts as stuck and is killed."""
+
+RESTART_PAUSE_SECONDS = 0.1
+RESTART_PAUSE_SECONDS_MAX = 10.0
+STABLE_SECONDS = 30.0
+"""A worker that lived this long died by accident: its successor starts at once."""
+
+Role = Literal["fetch", "digest"]
+OnProgress = Callable[[int, int], None]
+
+
+class Workers(Protocol):
+    """Each call is one order; it is answered, or raises Unavailable when no worker could be had."""
+
+    async def locate(self, url: str, headers: dict[str, str], deadline_s: float) -> Located | Failed: ...
+
+    async def fetch(self, order: Callable[[int], Fetch], fd: int, progress: OnProgress) -> Fetched | Failed: ...
+
+    async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed: ...
+
+
+class _Channel:
+    """The daemon's end of a worker's socket. One task receives; any task sends."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._sending = trio.Lock()
+
+    async def send(self, message: ToWorker, fd: int | None = None) -> None:
+        """Waits while the worker has too much unread. Raises Closed."""
+        data = encode(message)
+        async with self._sending:
+            while True:
+                try:
+                    send_nowait(self._socket, data, fd)
+                except BlockingIOError:
+                    await self._wait(trio.lowlevel.wait_writable)
+                except OSError as e:
+                    raise Closed from e
+                else:
+                    return
+
+    def cancel_nowait(self, number: int) -> None:
+        """Tells the worker to stop working on an order, unless it is too busy to be told: then its answer goes nowhere."""
+        with contextlib.suppress(Closed, OSError):
+            send_nowait(self._socket, encode(Cancel(number)))
+
+    async def receive(self) -> FromWorker:
+        """Raises Closed at the end, ValueError for what is no message."""
+        while True:
+            try:
+                data, fd = receive_nowait(self._socket)
+            except BlockingIOError:
+                await self._wait(trio.lowlevel.wait_readable)
+                continue
+            except OSError as e:
+                raise Closed from e
+            if fd is not None:
+                os.close(fd)  # no worker sends one
+            return decode_from_worker(data)
+
+    async def _wait(self, ready: Callable[[socket.socket], object]) -> None:
+        try:
+            await ready(self._socket)  # type: ignore[misc]
+        except (trio.ClosedResourceError, OSError) as e:
+            raise Closed from e
+
+    def close(self) -> None:
+        if self._socket.fileno() != -1:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+
+@dataclass(slots=True)
+class _Pending:
+    """An order that waits for its answer."""
+
+    progress: OnProgress | None
+    silence_s: float
+    scope: trio.CancelScope
+    answered: trio.Event = field(default_factory=trio.Event)
+    answer: Located | Fetched | Digested | Failed | None = None
+
+
+class _Worker:
+    """One process and its socket."""
+
+    def __init__(self, role: Role, process: subprocess.Popen[bytes], channel: _Channel) -> None:
+        self.role = role
+        self.process = process
+        self.channel = channel
+        self.pending: dict[int, _Pending] = {}
+        self.ready = False
+
+
+def _spawn(role: Role) -> _Worker:
+    ours, theirs = pair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "manta.worker", role, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    return _Worker(role, process, _Channel(ours))
+
+
+class WorkerPool:
+    """`fetchers` processes with role fetch and one with role digest. Call `run` in a nursery; it ends when cancelled."""
+
+    def __init__(self, fetchers: int) -> None:
+        if not 1 <= fetchers <= 16:
+            raise ValueError(f"1 to 16 workers, not {fetchers}")
+        self._fetchers = fetchers
+        self._workers: list[_Worker] = []
+        self._numbers = itertools.count(1)
+        self._changed = trio.Event()  # replaced whenever a worker gets ready
+
+    @property
+    def pids(self) -> list[int]:
+        return [w.process.pid for w in self._workers]
+
+    # Life ------------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keeps the workers running; on cancellation stops them and waits for their end (bounded by their SIGKILL)."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep, "digest")
+            for _ in range(self._fetchers):
+                nursery.start_soon(self._keep, "fetch")
+
+    async def _keep(self, role: Role) -> None:
+        pause = RESTART_PAUSE_SECONDS
+        while True:
+            began = trio.current_time()
+            # In this thread: the worker's PR_SET_PDEATHSIG fires when the *thread* that started it ends.
+            worker = _spawn(role)
+            self._workers.append(worker)
+            try:
+                await self._listen(worker)
+            finally:
+                self._workers.remove(worker)
+                self._bury(worker)
+            if trio.current_time() - began > STABLE_SECONDS:
+                pause = RESTART_PAUSE_SECONDS
+            log.warning(
+                "a %s worker (pid %d) ended with %s; starting another", role, worker.process.pid, _ending(worker)
+            )
+            await trio.sleep(pause)
+            pause = min(pause * 2, RESTART_PAUSE_SECONDS_MAX)
+
+    async def _listen(self, worker: _Worker) -> None:
+        """Hands out answers until the worker's end of the socket is closed."""
+        while True:
+            try:
+                message = await worker.channel.receive()
+            except Closed:
+                return
+            except (ValueError, msgspec.MsgspecError):
+                log.error("a worker (pid %d) sent what is no message; it is replaced", worker.process.pid)
+                return
+            match message:
+                case Ready():
+                    worker.ready = True
+                    self._changed.set()
+                    self._changed = trio.Event()
+                case Progress():
+                    if (pending := worker.pending.get(message.order)) is not None:
+                        pending.scope.deadline = trio.current_time() + pending.silence_s
+                        if pending.progress is not None:
+                            pending.progress(message.at, message.upto)
+                case _:
+                    if (pending := worker.pending.pop(message.order, None)) is not None:
+                        pending.answer = message
+                        pending.answered.set()
+
+    @staticmethod
+    def _bury(worker: _Worker) -> None:
+        """No process stays, no order stays unanswered."""
+        worker.channel.close()
+        worker.process.kill()
+        worker.process.wait()  # it has no way to refuse SIGKILL; a transfer in D state ends with its disk's request
+        for number, pending in worker.pending.items():
+            pending.answer = Failed(number, "unavailable", "was cut short: its worker process ended")
+            pending.answered.set()
+        worker.pending.clear()
+
+    # Orders ----------------------------------------------------------------------------------------------------------
+
+    async def locate(self, url: str, headers: dict[str, str], deadline_s: float) -> Located | Failed:
+        answer = await self._order("fetch", lambda n: Locate(n, url, headers, deadline_s), None, None, deadline_s)
+        assert isinstance(answer, Located | Failed)
+        return answer
+
+    async def fetch(self, order: Callable[[int], Fetch], fd: int, progress: OnProgress) -> Fetched | Failed:
+        # Until its first byte an order may wait for a connection and for the origin, a stall each; a redirect adds another.
+        silence_s = 3 * order(0).stall_s
+        answer = await self._order("fetch", order, fd, progress, silence_s)
+        assert isinstance(answer, Fetched | Failed)
+        return answer
+
+    async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed:
+        silence_s = 60 + (end - start) / 10e6  # a disk slower than 10 MB/s is stuck for our purpose
+        answer = await self._order("digest", lambda n: Digest(n, blob, start, end, blob_size), fd, None, silence_s)
+        assert isinstance(answer, Digested | Failed)
+        return answer
+
+    async def _order(
+        self, role: Role, make: Callable[[int], ToWorker], fd: int | None, progress: OnProgress | None, silence_s: float
+    ) -> Located | Fetched | Digested | Failed:
+        worker = await self._pick(role)
+        number = next(self._numbers)
+        limit_s = silence_s + SILENCE_SLACK_SECONDS
+        with trio.CancelScope(deadline=trio.current_time() + limit_s) as scope:
+            pending = _Pending(progress, limit_s, scope)
+            worker.pending[number] = pending
+            try:
+                await worker.channel.send(make(number), fd)
+                await pending.answered.wait()
+            except Closed:
+                # The task in `_keep` sees the same end and answers for all; here it may have been first.
+                worker.pending.pop(number, None)
+                return Failed(number, "unavailable", "was cut short: its worker process ended")
+            except trio.Cancelled:
+                if worker.pending.pop(number, None) is not None and not scope.cancel_called:
+                    worker.channel.cancel_nowait(number)
+                raise
+        if pending.answer is None:
+            log.error("a %s worker (pid %d) was silent for %.0f s; it is killed", role, worker.process.pid, limit_s)
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.send_signal(signal.SIGKILL)
+            return Failed(number, "unavailable", "was cut short: its worker process was stuck")
+        return pending.answer
+
+    async def _pick(self, role: Role) -> _Worker:
+        """The ready worker with the fewest orders; waits for one. Raises Unavailable after START_SECONDS_MAX."""
+        with trio.move_on_after(START_SECONDS_MAX):
+            while True:
+                ready = [w for w in self._workers if w.role == role and w.ready]
+                if ready:
+                    return min(ready, key=lambda w: len(w.pending))
+                await self._changed.wait()
+        raise Unavailable(
+            f"No {role} worker process could be started in {START_SECONDS_MAX:.0f} s; see the daemon's log."
+        )
+
+
+def _ending(worker: _Worker) -> str:
+    code = worker.process.returncode
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"

@@ -1,0 +1,110 @@
+"""Open files: reads, with the readahead each needs, here and only here. In the daemon's trio thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from manta.errors import CacheBroken
+from manta.fetch.readahead import Readahead
+from manta.fetch.scheduler import Priority
+from manta.fetch.transfer import Transfer
+from manta.model.extents import Extent
+
+READ_BYTES_MAX = 1024 * 1024
+"""The largest read the kernel sends: 256 pages."""
+
+# One buffer for all reads that the page cache answers: a fresh MiB for each would cost more in page faults than the copy itself.
+_scratch = bytearray(READ_BYTES_MAX)
+
+
+class Handle(Protocol):
+    """An open file."""
+
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
+        """At most `size` bytes from `offset`, fewer only at the end of the file. Valid until the caller's next checkpoint."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class TextHandle:
+    """A file that Manta wrote itself: one state of it for as long as it is open."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return self._content[offset : offset + size]
+
+    def close(self) -> None:
+        pass
+
+
+class BlobHandle:
+    """An open blob. `done` gets the transfer back at the end; `count` hears of the bytes read."""
+
+    def __init__(
+        self, transfer: Transfer, done: Callable[[Transfer], None], count: Callable[[int], None], *, fill: bool
+    ) -> None:
+        self._transfer = transfer
+        self._done = done
+        self._count = count
+        self._fill = fill
+        self._readahead = Readahead(transfer.blob.grid)
+
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
+        """Raises what became of the fetch, Unavailable after the reader's deadline, CacheBroken when the cache disk fails."""
+        transfer = self._transfer
+        blob = transfer.blob
+        extent = Extent(offset, offset + min(size, READ_BYTES_MAX)).clamp(blob.size)
+        if not len(extent):
+            return b""
+        if not blob.complete:
+            ahead = self._readahead.observe(extent)
+            if not transfer.readable(extent):
+                # The demand goes first: what is only read ahead must not take its connection.
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._follow_up, ahead, extent)
+                    await transfer.ensure(extent)
+            else:
+                await self._follow_up(ahead, extent)
+        data = await self._from_cache(extent)
+        self._count(len(data))
+        return data
+
+    async def _follow_up(self, ahead: range, extent: Extent) -> None:
+        self._transfer.look_ahead(ahead, extent)
+        if self._fill:
+            # Once per open is enough: it was read from, so the rest is wanted while there is nothing else to do.
+            self._fill = False
+            self._transfer.want_whole(Priority.FILL)
+
+    async def _from_cache(self, extent: Extent) -> bytes | memoryview:
+        fd, length = self._transfer.blob.fd, len(extent)
+        view = memoryview(_scratch)[:length]
+        try:
+            # Without waiting, so that a slow disk never holds the thread that serves everybody.
+            if os.preadv(fd, [view], extent.start, os.RWF_NOWAIT) == length:
+                return view
+        except (BlockingIOError, OSError):
+            pass  # not in the page cache, or a filesystem without RWF_NOWAIT
+        try:
+            data = await trio.to_thread.run_sync(os.pread, fd, length, extent.start)
+        except OSError as e:
+            raise CacheBroken(
+                f"{self._transfer.name} could not be read from the cache disk: {e.strerror}. Check the disk; `manta cache verify --repair`"
+                " fetches what is damaged anew."
+            ) from e
+        if len(data) != length:
+            raise CacheBroken(
+                f"The cache file of {self._transfer.name} is too short: something outside Manta changed it. Run `manta cache verify"
+                " --repair`."
+            )
+        return data
+
+    def close(self) -> None:
+        self._done(self._transfer)

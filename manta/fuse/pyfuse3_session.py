@@ -1,0 +1,220 @@
+"""The portable FUSE session: pyfuse3 (libfuse 3) drives `manta.fs.filesystem`. A thin adapter; here and only here is pyfuse3 known.
+
+libfuse allows one session per process, and it runs in the daemon's trio thread. Works for root (mount(2)) and for other users
+(fusermount3).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyfuse3
+
+from manta.errors import Absent, Denied, MantaError, Unavailable
+from manta.fs.filesystem import (
+    BLOCK_BYTES,
+    MTIME_NS,
+    NAME_BYTES_MAX,
+    PREFERRED_READ_BYTES,
+    Attributes,
+    Filesystem,
+)
+from manta.fuse.errno import errno_of
+
+log = logging.getLogger(__name__)
+
+REQUESTS_MAX = 1024
+"""FUSE requests served at once. A read that waits for the network holds one, so this must exceed what readers on one node can have open;
+a task is about 4 KB."""
+
+_MODES = {
+    "folder": stat.S_IFDIR | 0o555,
+    "file": stat.S_IFREG | 0o444,
+    "link": stat.S_IFLNK | 0o777,
+}
+
+
+class _Operations(pyfuse3.Operations):
+    """Requests of the kernel, each one call into the filesystem. Whatever goes wrong becomes an errno, here."""
+
+    supports_dot_lookup = False
+    enable_acl = False
+    enable_writeback_cache = False
+
+    def __init__(self, filesystem: Filesystem) -> None:
+        super().__init__()
+        self._fs = filesystem
+        self._uid, self._gid = os.getuid(), os.getgid()
+
+    def _refuse(self, e: Exception) -> pyfuse3.FUSEError:
+        if not isinstance(e, MantaError):
+            log.exception("a request failed in an unforeseen way", exc_info=e)
+        elif not isinstance(e, Absent):
+            log.info("a request was refused: %s", e.message)
+        return pyfuse3.FUSEError(errno_of(e))
+
+    def _entry(self, a: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(a.inode)
+        entry.st_mode = pyfuse3.ModeT(_MODES[a.kind])
+        entry.st_nlink = 1
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_size = a.size
+        entry.st_blksize = PREFERRED_READ_BYTES
+        entry.st_blocks = -(-a.size // 512)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = MTIME_NS
+        entry.attr_timeout = a.valid_s
+        entry.entry_timeout = a.name_valid_s
+        return entry
+
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        try:
+            return self._entry(await self._fs.look_up(parent_inode, name))
+        except Absent:
+            # Inode 0 with a timeout: the kernel remembers that the name is absent.
+            absent = pyfuse3.EntryAttributes()
+            absent.st_ino = pyfuse3.InodeT(0)
+            absent.entry_timeout = self._fs.absence_valid_s(parent_inode)
+            return absent
+        except Exception as e:
+            raise self._refuse(e) from e
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        for inode, lookups in inode_list:
+            self._fs.forget(inode, lookups)
+
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        try:
+            return self._entry(self._fs.attributes(inode))
+        except Exception as e:
+            raise self._refuse(e) from e
+
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        try:
+            return pyfuse3.FileNameT(self._fs.read_link(inode))
+        except Exception as e:
+            raise self._refuse(e) from e
+
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        try:
+            return pyfuse3.FileHandleT(await self._fs.open_folder(inode))
+        except Exception as e:
+            raise self._refuse(e) from e
+
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        try:
+            for position, (name, node) in enumerate(self._fs.list_folder(fh, start_id), start_id + 1):
+                entry = self._entry(self._fs.preview(fh, node))
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(os.fsencode(name)), entry, position):
+                    return
+                self._fs.look_up_listed(fh, node)
+        except Exception as e:
+            raise self._refuse(e) from e
+
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        self._fs.close_folder(fh)
+
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        try:
+            opened = self._fs.open_file(inode)
+        except Exception as e:
+            raise self._refuse(e) from e
+        return pyfuse3.FileInfo(
+            fh=pyfuse3.FileHandleT(opened.handle), keep_cache=opened.keep_cache, direct_io=not opened.keep_cache
+        )
+
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        try:
+            # pyfuse3 takes any buffer, and copies it to the kernel before it yields.
+            return await self._fs.read(fh, off, size)  # type: ignore[return-value]
+        except Exception as e:
+            raise self._refuse(e) from e
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self._fs.close_file(fh)
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        totals = self._fs.totals()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = BLOCK_BYTES
+        data.f_blocks = -(-totals.size // BLOCK_BYTES)
+        data.f_bfree = data.f_bavail = 0
+        data.f_files = totals.files
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = NAME_BYTES_MAX
+        return data
+
+    async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        try:
+            found = self._fs.extended_attributes(inode).get(os.fsdecode(name))
+        except Exception as e:
+            raise self._refuse(e) from e
+        if found is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return os.fsencode(found)
+
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        try:
+            return [os.fsencode(name) for name in self._fs.extended_attributes(inode)]
+        except Exception as e:
+            raise self._refuse(e) from e
+
+    async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
+        return not mode & os.W_OK
+
+
+class Pyfuse3Session:
+    """One mount. `mount`, then `serve` until the filesystem is unmounted, then `close`."""
+
+    name = "pyfuse3"
+
+    def __init__(self, filesystem: Filesystem, source: str) -> None:
+        self._operations = _Operations(filesystem)
+        self._source = source
+
+    def mount(self, directory: Path) -> None:
+        """Mounts on `directory`. Raises Unavailable or Denied with what to do.
+
+        libfuse prints its own reason to stderr, which is the daemon's log.
+        """
+        options = {f"fsname={self._source}", "subtype=manta", "ro", "default_permissions"}
+        if os.getuid() == 0:
+            options.add("allow_other")
+        if not os.path.exists("/dev/fuse"):
+            raise Unavailable(
+                "FUSE is not there: /dev/fuse does not exist. Load the module with `modprobe fuse`; in a container, pass the device"
+                " (--device /dev/fuse, and CAP_SYS_ADMIN)."
+            )
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+            raise Denied("/dev/fuse may not be opened by this user. Ask an administrator, or run as root.")
+        try:
+            pyfuse3.init(self._operations, str(directory), options)
+        except RuntimeError as e:
+            raise Denied(
+                f"The FUSE filesystem could not be mounted on {directory}: {e}. `manta doctor` checks /dev/fuse, fusermount3 and the"
+                " privileges; as root in a container, CAP_SYS_ADMIN is needed."
+            ) from e
+
+    async def serve(self) -> None:
+        """Answers the kernel until the filesystem is unmounted or this is cancelled."""
+        await pyfuse3.main(min_tasks=4, max_tasks=REQUESTS_MAX)
+
+    @staticmethod
+    def forget_name(name: str, inode: int) -> None:
+        """Has the kernel drop a name in the top directory that is gone. Returns at once: a thread of pyfuse3's does it."""
+        pyfuse3.invalidate_entry_async(
+            pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(name)), pyfuse3.InodeT(inode), ignore_enoent=True
+        )
+
+    def close(self) -> None:
+        """Unmounts where it still is, and ends the session."""
+        pyfuse3.close(unmount=True)

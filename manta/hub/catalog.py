@@ -1,0 +1,400 @@
+"""The daemon's view of an origin: which commit a revision names and what a commit holds, here and only here.
+
+It asks the origin when it must and remembers what it may: in memory for a while, in the cache directory for good. So one question is asked
+once however many wait for the answer, a hub that cannot be reached leaves everything stored usable, and programs that probe for names that
+do not exist do not spend the hub's quota.
+Used by `manta.fs` and the daemon's mounts and jobs; belongs to the trio thread. The store's calls run in one thread at a time.
+
+Who may see what. A public repo's stored tree serves everyone. The tree of a private or gated repo serves an access after the origin
+has shown it that tree, and then for GRANT_S. While the origin cannot be asked, only the owner (the daemon's own access, with which a single
+user mounts) goes on seeing what is stored: those bytes are on the owner's disk already. Anyone else, such as a pod with a token of its own,
+is refused until the origin can say.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, cast
+
+import trio
+
+from manta.errors import Absent, Denied, MantaError, Throttled, Unavailable
+from manta.hub.origin import Access, Origin
+from manta.hub.refusal import Question, gated
+from manta.model.ids import DEFAULT_REVISION, Commit, RepoId, is_commit
+from manta.model.snapshot import Snapshot
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+CURRENT_S = 15.0
+"""How long `current` believes what a revision named.
+
+A library that is online asks the hub for the sha itself and then wants it here, so this must be short. One active repo costs 20
+questions per window of 300 s: 25 such repos fit into the 500 that an anonymous address has, 50 into a free account's 1000.
+"""
+
+ABSENT_S = 30.0
+"""How long the origin's "there is no such thing" is believed. A shell or an importer probes the same few names again and again; a person
+who has just created the repo waits half a minute."""
+
+DENIED_S = 10.0
+"""How long a refusal is believed: access is granted by a click in another window, and then tried at once. A new token is a new access."""
+
+UNAVAILABLE_S = 3.0
+"""How long an unreachable origin is not asked the same thing again: one `ls -l` asks for a name several times, each up to the deadline."""
+
+ANSWERS_MAX = 4096
+"""Bound on remembered answers of each kind. An entry is about 0.5 KB."""
+
+TREE_DEADLINES = 5
+"""The deadline of a whole tree, in deadlines of one question: a tree of 10,000 entries is ten questions of a fraction of a second each, and
+the largest is 200."""
+
+DISK_S = 5.0
+"""How long the store is waited for. Its files take milliseconds; a disk that takes longer must not keep answers from readers."""
+
+SNAPSHOTS_MAX = 64
+SNAPSHOT_FILES_MAX = 50_000
+"""Bounds on the trees kept in memory: as many as 64, or 50,000 files together (about 25 MB), but always the latest. Whoever has one mounted
+holds it anyway; the others are read from the store again in milliseconds."""
+
+MASKED_MAX = 16
+"""Bound on the trees of gated repos kept for those who may not read them."""
+
+GRANT_S = 300.0
+"""How long an access that was shown a private or gated tree sees it without being asked for again. Mounts keep what they mounted."""
+
+NOTED_S = 600.0
+"""How long the store's note of when a revision was last seen may lag: an unchanged ref is not written to the disk each time."""
+
+FLIGHTS_MAX = 256
+"""Questions under way or waiting. The adapter asks eight at a time, so more than this could not be answered within the deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """The commit to use for a revision."""
+
+    commit: Commit
+    stale: bool = False
+    """It is what the store remembers, because the origin could not be asked."""
+    reason: str = ""
+    """Why it could not be asked: a sentence; empty where it is not stale."""
+
+
+class Metadata(Protocol):
+    """The persistent side: what `manta.cache.metadata.MetadataStore` offers. Its calls may block on the disk."""
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        """Keeps a tree for good."""
+        ...
+
+    def snapshot(self, repo: RepoId, commit: Commit) -> Snapshot | None:
+        """The tree kept for a commit."""
+        ...
+
+    def save_ref(self, repo: RepoId, revision: str, commit: Commit, when: float) -> None:
+        """Keeps what a revision named at `when` (seconds since the epoch)."""
+        ...
+
+    def ref(self, repo: RepoId, revision: str) -> tuple[Commit, float] | None:
+        """What a revision named last, and when that was."""
+        ...
+
+
+class Catalog:
+    """See the module. `owner` is the daemon's own access; `clock` gives seconds since the epoch for what is stored.
+
+    Its methods raise what `manta.hub.origin.Origin` says, within `timeout_s` for a revision and TREE_DEADLINES times that for a tree, and
+    what the store takes, DISK_S at most.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        store: Metadata,
+        nursery: trio.Nursery,
+        *,
+        offline: bool = False,
+        timeout_s: float = 20.0,
+        owner: Access | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._origin = origin
+        self._store = store
+        self._nursery = nursery
+        self._offline = offline
+        self._timeout_s = timeout_s
+        self._owner = owner or Access.anonymous()
+        self._clock = clock
+        self._disk = trio.CapacityLimiter(1)
+        self._flights: dict[Hashable, _Flight] = {}
+        self._resolutions: _Lapsing[Resolution] = _Lapsing(ANSWERS_MAX)
+        self._refusals: _Lapsing[MantaError] = _Lapsing(ANSWERS_MAX)
+        self._masked: _Lapsing[Snapshot] = _Lapsing(MASKED_MAX)
+        self._grants: _Lapsing[bool] = _Lapsing(ANSWERS_MAX)
+        self._noted: _Lapsing[Commit] = _Lapsing(ANSWERS_MAX)
+        self._trees = _Trees()
+
+    # Revisions -------------------------------------------------------------------------------------------------------
+
+    async def resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolution:
+        """The commit that `revision` (None: the default branch) names now, by the origin's word where it can be asked.
+
+        A commit whose tree is stored is taken as it is. Where the origin cannot be asked: the commit it named last, as stale.
+        """
+        return await self._shared(("ref", repo, revision, access), lambda: self._resolve(repo, revision, access))
+
+    async def current(self, repo: RepoId, revision: str | None, access: Access) -> Resolution:
+        """As `resolve`, and content with an answer up to CURRENT_S old: for what is looked at again and again."""
+        known = self._resolutions.get((repo, revision, access))
+        return known if known is not None else await self.resolve(repo, revision, access)
+
+    async def _resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolution:
+        if revision is not None and is_commit(revision) and await self._known_tree(repo, Commit(revision)) is not None:
+            return Resolution(Commit(revision))
+        key = (repo, revision, access)
+        recent = self._resolutions.get(key)
+        if recent is not None and recent.stale:
+            return recent
+        if self._offline:
+            stale = await self._remembered(
+                repo, revision, self._offline_error(f"{repo}@{revision or DEFAULT_REVISION}")
+            )
+            self._resolutions.put(key, stale, CURRENT_S)
+            return stale
+        try:
+            resolved = await self._ask(
+                key, self._timeout_s, lambda: self._origin.resolve(repo, revision, access), f"{repo}@{revision}"
+            )
+        except Unavailable as error:
+            stale = await self._remembered(repo, revision, error)
+            self._resolutions.put(key, stale, _believed_s(error))
+            return stale
+        resolution = Resolution(resolved.commit)
+        name, now = revision or DEFAULT_REVISION, self._clock()
+        if not is_commit(name) and self._noted.get((repo, name)) != resolved.commit:
+            await self._on_disk(lambda: self._store.save_ref(repo, name, resolved.commit, now))
+            self._noted.put((repo, name), resolved.commit, NOTED_S)
+        self._resolutions.put(key, resolution, CURRENT_S)
+        return resolution
+
+    async def _remembered(self, repo: RepoId, revision: str | None, why: Unavailable) -> Resolution:
+        """What the store knows of `revision`; raises `why` where that is nothing."""
+        ref = await self._on_disk(lambda: self._store.ref(repo, revision or DEFAULT_REVISION))
+        if ref is None:
+            raise why
+        return Resolution(ref[0], stale=True, reason=why.message)
+
+    # Trees -----------------------------------------------------------------------------------------------------------
+
+    async def snapshot(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
+        """The tree of a commit, as `access` may see it: without blobs where it may not read them, see `denial`."""
+        known = self._trees.get(repo, commit)
+        if known is not None and self._may_see(known, access):
+            return known
+        return await self._shared(("tree", repo, commit, access), lambda: self._snapshot(repo, commit, access))
+
+    def denial(self, snapshot: Snapshot, access: Access) -> Denied | None:
+        """Why nothing of a snapshot that `snapshot` gave for `access` can be read; None where it can."""
+        if all(entry.blob is not None for entry in snapshot.files.values()):
+            return None
+        return gated(Question(self._origin.endpoint, snapshot.repo, snapshot.commit, access))
+
+    async def _snapshot(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
+        known = await self._known_tree(repo, commit)
+        if known is not None and self._may_see(known, access):
+            return known
+        key = (repo, commit, access)
+        masked = self._masked.get(key)
+        if masked is not None:
+            return masked
+        try:
+            if self._offline:
+                raise self._offline_error(f"{repo}@{commit[:12]}")
+            shown = await self._ask(
+                key,
+                self._timeout_s * TREE_DEADLINES,
+                lambda: self._listed(repo, commit, access),
+                f"{repo}@{commit[:12]}",
+            )
+        except Unavailable as error:
+            if known is None:
+                raise
+            if access == self._owner:
+                return known
+            raise Unavailable(
+                f"{repo} is private or gated, and whether the token in use may read it cannot be asked now: {error.message}"
+            ) from None
+        if self.denial(shown, access) is not None:
+            self._masked.put(key, shown, DENIED_S)
+            return shown
+        self._grants.put((repo, access), True, GRANT_S)
+        if known is None:
+            await self._on_disk(lambda: self._store.save_snapshot(shown))
+            self._trees.put(shown)
+        return shown
+
+    async def _listed(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
+        snapshot = await self._origin.snapshot(repo, commit, access)
+        await trio.to_thread.run_sync(_laid_out, snapshot)
+        return snapshot
+
+    async def _known_tree(self, repo: RepoId, commit: Commit) -> Snapshot | None:
+        known = self._trees.get(repo, commit)
+        if known is None:
+            known = await self._on_disk(lambda: _laid_out(self._store.snapshot(repo, commit)))
+            if known is not None:
+                self._trees.put(known)
+        return known
+
+    def _may_see(self, snapshot: Snapshot, access: Access) -> bool:
+        return not (snapshot.gated or snapshot.private) or self._grants.get((snapshot.repo, access)) is not None
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    async def _ask(self, key: Hashable, timeout_s: float, ask: Callable[[], Awaitable[T]], subject: str) -> T:
+        """The origin's answer, by a deadline. Its refusals are remembered for a while and given again without asking."""
+        refused = self._refusals.get(key)
+        if refused is not None:
+            raise _again(refused)
+        try:
+            with trio.fail_after(timeout_s):
+                return await ask()
+        except trio.TooSlowError:
+            error: MantaError = Unavailable(
+                f"{self._origin.endpoint} did not answer within {timeout_s:.0f} s when asked for {subject}:"
+                " check the network, or try again."
+            )
+        except MantaError as refusal:
+            error = refusal
+        self._refusals.put(key, error, _believed_s(error))
+        raise error
+
+    def _offline_error(self, subject: str) -> Unavailable:
+        return Unavailable(
+            f"{subject} is not in the cache, and offline mode is on: mount it once online, or unset HF_HUB_OFFLINE"
+            " and MANTA_HUB_OFFLINE."
+        )
+
+    async def _on_disk(self, work: Callable[[], T]) -> T | None:
+        """What the store says; None where it fails or takes too long: the origin can still be asked, and that is only said in the log."""
+        try:
+            with trio.fail_after(DISK_S):
+                return await trio.to_thread.run_sync(work, limiter=self._disk, abandon_on_cancel=True)
+        except (MantaError, OSError, trio.TooSlowError) as error:
+            log.warning("the stored metadata could not be used: %s", error or "the disk did not answer in time")
+            return None
+
+    async def _shared(self, key: Hashable, ask: Callable[[], Awaitable[T]]) -> T:
+        """The outcome of `ask`, which runs once for all who want it at the same time and goes on when they go."""
+        flight = self._flights.get(key)
+        if flight is None:
+            if len(self._flights) >= FLIGHTS_MAX:
+                raise Unavailable(
+                    f"{FLIGHTS_MAX} questions to {self._origin.endpoint} are waiting for an answer already: try again soon."
+                )
+            flight = self._flights[key] = _Flight()
+            self._nursery.start_soon(self._fly, key, flight, ask)
+        await flight.landed.wait()
+        if flight.error is not None:
+            raise _again(flight.error)
+        # The key says which kind of answer it is.
+        return cast(T, flight.answer)
+
+    async def _fly(self, key: Hashable, flight: _Flight, ask: Callable[[], Awaitable[object]]) -> None:
+        try:
+            flight.answer = await ask()
+            flight.error = None
+        except Exception as error:
+            # Also what no one foresaw: it ends this question, and not the daemon with everyone's mounts.
+            flight.error = error
+        finally:
+            del self._flights[key]
+            flight.landed.set()
+
+
+class _Flight:
+    """One question under way and, once landed, its outcome."""
+
+    def __init__(self) -> None:
+        self.landed = trio.Event()
+        self.answer: object = None
+        self.error: Exception | None = Unavailable("Manta is stopping: the question was not answered.")
+
+
+class _Lapsing(Generic[T]):
+    """Answers by key, each for its time by trio's clock, at most `bound`: what was used longest ago goes first."""
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._answers: OrderedDict[Hashable, tuple[T, float]] = OrderedDict()
+
+    def get(self, key: Hashable) -> T | None:
+        answer = self._answers.get(key)
+        if answer is None:
+            return None
+        if answer[1] <= trio.current_time():
+            del self._answers[key]
+            return None
+        self._answers.move_to_end(key)
+        return answer[0]
+
+    def put(self, key: Hashable, answer: T, seconds: float) -> None:
+        self._answers[key] = (answer, trio.current_time() + seconds)
+        self._answers.move_to_end(key)
+        if len(self._answers) > self._bound:
+            self._answers.popitem(last=False)
+
+
+class _Trees:
+    """Snapshots in memory, within SNAPSHOTS_MAX and SNAPSHOT_FILES_MAX: what was used longest ago goes first."""
+
+    def __init__(self) -> None:
+        self._snapshots: OrderedDict[tuple[RepoId, Commit], Snapshot] = OrderedDict()
+        self._files = 0
+
+    def get(self, repo: RepoId, commit: Commit) -> Snapshot | None:
+        snapshot = self._snapshots.get((repo, commit))
+        if snapshot is not None:
+            self._snapshots.move_to_end((repo, commit))
+        return snapshot
+
+    def put(self, snapshot: Snapshot) -> None:
+        key = (snapshot.repo, snapshot.commit)
+        if key in self._snapshots:
+            self._files -= len(self._snapshots.pop(key).files)
+        self._snapshots[key] = snapshot
+        self._files += len(snapshot.files)
+        while len(self._snapshots) > SNAPSHOTS_MAX or (self._files > SNAPSHOT_FILES_MAX and len(self._snapshots) > 1):
+            _, gone = self._snapshots.popitem(last=False)
+            self._files -= len(gone.files)
+
+
+def _laid_out(snapshot: Snapshot | None) -> Snapshot | None:
+    """The same with its folders worked out, for a thread. Raises Corrupt before anyone relies on a tree that cannot be shown."""
+    if snapshot is not None:
+        snapshot.folders  # noqa: B018
+    return snapshot
+
+
+def _believed_s(error: MantaError) -> float:
+    """For how many seconds the same question is not asked again after `error`."""
+    if isinstance(error, Throttled):
+        return max(error.retry_after_s, UNAVAILABLE_S)
+    if isinstance(error, Absent):
+        return ABSENT_S
+    return DENIED_S if isinstance(error, Denied) else UNAVAILABLE_S
+
+
+def _again(error: Exception) -> Exception:
+    """A copy to raise: one exception raised in many tasks would gather all their tracebacks."""
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy

@@ -1,0 +1,39 @@
+"""The latest sentences about what went wrong, for `manta status`, here and only here. Bounded; trio thread."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from manta.errors import MantaError
+from manta.fetch.sources import Provenance
+from manta.model.ids import Commit, RepoId
+
+RECENT_MAX = 16
+RECENT_PER_MOUNT = 8
+
+
+class Failures:
+    """Newest last; a sentence that repeats is kept once."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[RepoId | None, Commit | None, str]] = deque(maxlen=RECENT_MAX * 4)
+        self.count = 0
+
+    def add(self, provenance: Provenance, error: MantaError) -> None:
+        self._add((provenance.repo, provenance.commit, error.message))
+
+    def add_general(self, error: MantaError) -> None:
+        """One that belongs to no repo."""
+        self._add((None, None, error.message))
+
+    def _add(self, failure: tuple[RepoId | None, Commit | None, str]) -> None:
+        self.count += 1
+        if failure in self._recent:
+            self._recent.remove(failure)
+        self._recent.append(failure)
+
+    def all(self) -> list[str]:
+        return [sentence for _, _, sentence in self._recent][-RECENT_MAX:]
+
+    def of(self, repo: RepoId, commit: Commit) -> list[str]:
+        return [s for r, c, s in self._recent if (r, c) == (repo, commit)][-RECENT_PER_MOUNT:]

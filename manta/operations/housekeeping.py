@@ -1,0 +1,187 @@
+"""Care of the cache: what is in it, what is pinned, what goes when room is needed, here and only here. trio thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import trio
+
+from manta.cache.inventory import BlobInfo
+from manta.cache.metadata import MetadataStore
+from manta.cache.pins import Pins
+from manta.cache.policy import oldest, victims
+from manta.cache.store import Store
+from manta.config import CacheConfig
+from manta.control.protocol import Blob, CacheListing, Removal
+from manta.errors import Absent, InUse, Invalid, MantaError
+from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, Target, is_commit, parse_blob_id, parse_target
+from manta.model.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 5.0
+"""How often the bounds are looked at. At 1 GB/s a cache grows 5 GB in between: the free-space floor should be more than that."""
+
+NAMES_MAX = 4
+
+
+class Housekeeping:
+    """`mounted` names the blobs of all mounts: they count as in use."""
+
+    def __init__(
+        self, store: Store, metadata: MetadataStore, pins: Pins, config: CacheConfig, mounted: Callable[[], set[BlobId]]
+    ) -> None:
+        self._store = store
+        self._metadata = metadata
+        self._pins = pins
+        self._config = config
+        self._mounted = mounted
+
+    # What there is ---------------------------------------------------------------------------------------------------
+
+    async def listing(self, only: Iterable[BlobId] | None = None) -> CacheListing:
+        wanted = None if only is None else set(only)
+        infos = [i for i in self._store.listing() if wanted is None or i.id in wanted]
+        names = await trio.to_thread.run_sync(self._names)
+        return self._listed(infos, names)
+
+    def _listed(self, infos: Iterable[BlobInfo], names: dict[BlobId, list[str]]) -> CacheListing:
+        mounted = self._mounted()
+        blobs = [self._describe(info, names.get(info.id, []), mounted) for info in infos]
+        blobs.sort(key=lambda b: (b.names, b.id))
+        return CacheListing(blobs, self._store.cached_bytes, self._config.size)
+
+    def _describe(self, info: BlobInfo, names: list[str], mounted: set[BlobId]) -> Blob:
+        return Blob(
+            id=str(info.id),
+            size=info.size,
+            cached=info.cached,
+            sealed=info.sealed,
+            pinned=info.id in self._pins,
+            in_use=info.in_use or info.id in mounted,
+            last_used=info.last_used,
+            names=names,
+        )
+
+    def _names(self) -> dict[BlobId, list[str]]:
+        """Where stored trees show each blob. SLOW: reads them all."""
+        names: dict[BlobId, list[str]] = defaultdict(list)
+        for repo in self._metadata.repos():
+            for commit in self._metadata.snapshots(repo):
+                snapshot = self._metadata.snapshot(repo, commit)
+                for entry in snapshot.files.values() if snapshot is not None else ():
+                    if entry.blob is not None and len(names[entry.blob]) < NAMES_MAX:
+                        names[entry.blob].append(f"{repo}@{commit[:12]}/{entry.path}")
+        return names
+
+    # What a person names ---------------------------------------------------------------------------------------------
+
+    async def select(self, names: list[str]) -> set[BlobId]:
+        """The blobs that `names` mean: blob ids, or targets by what is stored of them. Raises Absent, Invalid."""
+        chosen: set[BlobId] = set()
+        for name in names:
+            chosen |= await trio.to_thread.run_sync(self._select_one, name)
+        return chosen
+
+    def _select_one(self, name: str) -> set[BlobId]:
+        if "/" not in name:
+            blob = parse_blob_id(name)
+            if self._store.find(blob) is None:
+                raise Absent(f"{name} is not in the cache; `manta cache ls` lists what is.")
+            return {blob}
+        target = parse_target(name)
+        snapshot = self._stored(target)
+        return {entry.blob for entry in snapshot.below(target.subfolder) if entry.blob is not None}
+
+    def _stored(self, target: Target) -> Snapshot:
+        revision = target.revision or DEFAULT_REVISION
+        if is_commit(revision):
+            commit: Commit | None = Commit(revision)
+        else:
+            ref = self._metadata.ref(target.repo, revision)
+            commit = ref[0] if ref is not None else None
+        snapshot = self._metadata.snapshot(target.repo, commit) if commit is not None else None
+        if snapshot is None:
+            raise Absent(f"{target.repo}@{revision} is not in the cache: mount it or prefetch it first.")
+        return snapshot
+
+    # What may go -----------------------------------------------------------------------------------------------------
+
+    async def pin(self, names: list[str]) -> CacheListing:
+        if not names:
+            raise Invalid("Say what to pin: a blob id or a target such as ORG/NAME.")
+        chosen: set[BlobId] = set()
+        for name in names:
+            blobs = await self.select([name])
+            await trio.to_thread.run_sync(self._pins.add, name, blobs, time.time())
+            chosen |= blobs
+        return await self.listing(chosen)
+
+    async def unpin(self, names: list[str]) -> CacheListing:
+        """Takes names as they were given to `pin`. No names: all pins."""
+        chosen: set[BlobId] = set()
+        for name in names or list(self._pins.pins):
+            pin = await trio.to_thread.run_sync(self._pins.drop, name)
+            if pin is None:
+                raise Absent(f"{name!r} is not pinned; `manta cache ls` shows what is.")
+            chosen |= pin.blobs
+        return await self.listing(chosen)
+
+    async def remove(self, names: list[str]) -> Removal:
+        """Removes what is neither in use nor pinned; says why it kept the rest."""
+        if not names:
+            raise Invalid(
+                "Say what to remove: a blob id or a target such as ORG/NAME. To empty the cache: manta cache gc --size 0."
+            )
+        chosen = await self.select(names)
+        return await self._remove([info for info in map(self._store.find, chosen) if info is not None])
+
+    async def collect(self, size: int, *, dry_run: bool) -> Removal:
+        """Evicts, least recently used first, down to `size` bytes (-1: the configured bounds)."""
+        mounted = self._mounted()
+        evictable = [info for info in self._store.listing() if info.id not in mounted]
+        if size >= 0:
+            chosen = oldest(evictable, self._store.cached_bytes - size, self._pins)
+        else:
+            free, floor = self._store.disk_free(), self._config.free_space_floor
+            chosen = victims(evictable, self._store.cached_bytes, self._config.size, free, floor, self._pins)
+        if dry_run:
+            names = await trio.to_thread.run_sync(self._names)
+            blobs = self._listed(chosen, names).blobs
+            return Removal(blobs, sum(info.cached for info in chosen), [])
+        return await self._remove(chosen)
+
+    async def _remove(self, infos: list[BlobInfo]) -> Removal:
+        names = await trio.to_thread.run_sync(self._names) if infos else {}
+        removed, kept, freed = [], [], 0
+        mounted = self._mounted()
+        for info in infos:
+            described = self._describe(info, names.get(info.id, []), mounted)
+            title = described.names[0] if described.names else described.id
+            if described.pinned:
+                kept.append(f"{title} is pinned: `manta cache unpin` it first.")
+            elif info.id in mounted:
+                kept.append(f"{title} is part of a mount: unmount it first.")
+            else:
+                try:
+                    freed += await trio.to_thread.run_sync(self._store.remove, info.id)
+                except (InUse, Absent) as e:
+                    kept.append(e.message)
+                else:
+                    removed.append(described)
+        return Removal(removed, freed, kept)
+
+    async def run(self) -> None:
+        """Keeps the cache within its bounds as long as it is not cancelled."""
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            try:
+                removal = await self.collect(-1, dry_run=False)
+            except MantaError as e:
+                log.warning("the cache could not be looked after: %s", e.message)
+                continue
+            if removal.removed:
+                log.info("evicted %d blobs, %d bytes", len(removal.removed), removal.freed)

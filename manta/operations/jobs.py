@@ -1,0 +1,206 @@
+"""Work that the daemon does on its own after being asked once: prefetching and verifying, here and only here. trio thread."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import trio
+
+from manta.cache.recovery import verify_chunks
+from manta.cache.store import Store
+from manta.control.protocol import Job, JobState
+from manta.errors import Absent, Corrupt, InUse, MantaError
+from manta.fetch.fetcher import Fetcher
+from manta.fetch.meter import Meter
+from manta.fetch.sources import Provenance
+from manta.hub.catalog import Catalog
+from manta.hub.origin import Access
+from manta.model.ids import BlobId, Target
+from manta.model.snapshot import FileEntry
+
+log = logging.getLogger(__name__)
+
+KEPT_SECONDS = 600.0
+RUNNING_MAX = 64
+PROBLEMS_MAX = 100
+FILES_AT_ONCE = 8
+"""Files of one prefetch under way: enough that small files do not wait for each other's round trips."""
+
+
+@dataclass(eq=False)
+class _Job:
+    id: str
+    kind: Literal["prefetch", "verify"]
+    name: str
+    scope: trio.CancelScope
+    state: JobState = "running"
+    files_total: int = 0
+    files_done: int = 0
+    bytes_total: int = 0
+    bytes_before: Callable[[], int] = lambda: 0
+    problems: list[str] = field(default_factory=list)
+    meter: Meter = field(default_factory=Meter)
+    seen: int = 0
+    ended: float | None = None
+
+    def problem(self, e: MantaError) -> None:
+        if len(self.problems) < PROBLEMS_MAX:
+            self.problems.append(e.message)
+
+
+class Jobs:
+    """Give it the daemon's nursery. A job that ended is kept for KEPT_SECONDS, so that who asked can see how it ended."""
+
+    def __init__(
+        self, nursery: trio.Nursery, catalog: Catalog, fetcher: Fetcher, store: Store, ended: Callable[[], None]
+    ) -> None:
+        self._nursery = nursery
+        self._catalog = catalog
+        self._fetcher = fetcher
+        self._store = store
+        self._ended = ended
+        self._jobs: dict[str, _Job] = {}
+        self._numbers = itertools.count(1)
+
+    @property
+    def running(self) -> int:
+        return sum(1 for job in self._jobs.values() if job.state == "running")
+
+    def __getitem__(self, job_id: str) -> Job:
+        if job_id not in self._jobs:
+            raise Absent(
+                f"There is no job {job_id!r}; it may have ended more than {KEPT_SECONDS / 60:.0f} minutes ago."
+            )
+        return self._describe(self._jobs[job_id])
+
+    def cancel(self, job_id: str) -> Job:
+        """What has been fetched stays."""
+        self[job_id]
+        self._jobs[job_id].scope.cancel()
+        return self._describe(self._jobs[job_id])
+
+    async def prefetch(self, target: Target, access: Access) -> Job:
+        """Fetches every file of the target. Raises what the hub says about the target itself."""
+        resolution = await self._catalog.resolve(target.repo, target.revision, access)
+        snapshot = await self._catalog.snapshot(target.repo, resolution.commit, access)
+        if (denial := self._catalog.denial(snapshot, access)) is not None:
+            raise denial
+        entries = list(snapshot.below(target.subfolder))
+        if target.subfolder and not entries:
+            raise Absent(f"{target.repo}@{resolution.commit[:12]} has no folder {target.subfolder!r}.")
+        job = self._start("prefetch", f"{target.repo}@{resolution.commit}")
+        job.files_total = len(entries)
+        job.bytes_total = sum(entry.size for entry in entries)
+        blobs = {entry.blob: entry for entry in entries if entry.blob is not None}
+        twice = job.bytes_total - sum(entry.size for entry in blobs.values())
+        job.bytes_before = lambda: twice + sum(self._cached(entry) for entry in blobs.values())
+
+        async def fetch(entry: FileEntry) -> None:
+            if entry.size == 0:
+                return
+            transfer = self._fetcher.open(Provenance(target.repo, resolution.commit, entry, access))
+            try:
+                await transfer.complete()
+            except trio.Cancelled:
+                self._fetcher.stop_background(str(transfer.blob.id))
+                raise
+            finally:
+                self._fetcher.close(transfer)
+
+        self._nursery.start_soon(self._work, job, [partial(fetch, entry) for entry in entries])
+        return self._describe(job)
+
+    def verify(self, blobs: list[BlobId]) -> Job:
+        """Compares every cached chunk with its digest; a damaged one is forgotten, and fetched anew when it is read."""
+        job = self._start("verify", "cache")
+        infos = [info for info in map(self._store.find, blobs) if info is not None]
+        job.files_total, job.bytes_total = len(infos), sum(info.cached for info in infos)
+        done = 0
+        job.bytes_before = lambda: done
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+
+        async def verify(blob_id: BlobId, size: int) -> None:
+            with self._store.open_blob(blob_id, size) as blob:
+                bad = await trio.to_thread.run_sync(verify_chunks, blob, progress)
+                for chunk in bad:
+                    await trio.to_thread.run_sync(blob.clear, chunk)
+                if bad:
+                    raise Corrupt(
+                        f"{blob.id}: {len(bad)} of {len(blob.grid)} chunks were damaged on the disk and thrown away; they are fetched anew"
+                        " when they are read."
+                    )
+
+        self._nursery.start_soon(self._work, job, [partial(verify, info.id, info.size) for info in infos])
+        return self._describe(job)
+
+    def _cached(self, entry: FileEntry) -> int:
+        info = self._store.find(entry.blob) if entry.blob is not None else None
+        return min(info.cached, entry.size) if info is not None else 0
+
+    def _start(self, kind: Literal["prefetch", "verify"], name: str) -> _Job:
+        if self.running >= RUNNING_MAX:
+            raise InUse(f"{RUNNING_MAX} jobs are running already. Wait for one to end.")
+        now = trio.current_time()
+        for old in [j for j in self._jobs.values() if j.ended is not None and now - j.ended > KEPT_SECONDS]:
+            del self._jobs[old.id]
+        job = _Job(str(next(self._numbers)), kind, name, trio.CancelScope())
+        self._jobs[job.id] = job
+        return job
+
+    async def _work(self, job: _Job, parts: Sequence[Callable[[], Awaitable[None]]]) -> None:
+        """Does the parts, a few at a time; a part that fails does not stop the others."""
+        limiter = trio.CapacityLimiter(FILES_AT_ONCE)
+
+        async def do(part: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await part()
+            except MantaError as e:
+                job.problem(e)
+            finally:
+                limiter.release_on_behalf_of(part)
+            job.files_done += 1
+
+        log.info("%s of %s begins: %d files, %d bytes", job.kind, job.name, job.files_total, job.bytes_total)
+        try:
+            with job.scope:
+                async with trio.open_nursery() as nursery:
+                    for part in parts:
+                        await limiter.acquire_on_behalf_of(part)
+                        nursery.start_soon(do, part)
+        finally:
+            if job.scope.cancelled_caught:
+                job.state = "cancelled"
+            else:
+                job.state = "failed" if job.problems else "done"
+            job.ended = trio.current_time()
+            log.info("%s of %s: %s", job.kind, job.name, job.state)
+            self._ended()
+
+    @staticmethod
+    def _describe(job: _Job) -> Job:
+        now, done = trio.current_time(), job.bytes_before()
+        if done > job.seen:
+            # The first look finds what an earlier fetch left: that is no rate.
+            if job.seen or job.files_done:
+                job.meter.add(done - job.seen, now)
+            job.seen = done
+        return Job(
+            id=job.id,
+            kind=job.kind,
+            state=job.state,
+            name=job.name,
+            files_total=job.files_total,
+            files_done=job.files_done,
+            bytes_total=job.bytes_total,
+            bytes_done=done,
+            rate=job.meter.rate(now) if job.state == "running" else 0.0,
+            problems=list(job.problems),
+        )

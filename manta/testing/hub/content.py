@@ -1,0 +1,255 @@
+"""Content: where the bytes of a hub file come from. Defined here and only here.
+
+A content knows its size and hands out any range as *spans*: views of memory, or pieces of an open
+descriptor that the sender passes to sendfile. Nothing here holds a large file in memory. Used by
+repository.py (to take digests), faults.py (to spoil bytes) and delivery.py (to send); any thread may read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import NamedTuple
+
+# The largest prime below 8 MiB. Generated content repeats a block of this length: as it is prime, two
+# offsets that differ by a mistake in pages, chunks or megabytes never meet the same place of the block.
+BLOCK_LENGTH = 8_388_593
+
+# The first bytes of every generated file come from its own seed alone, so small files with different seeds
+# differ from their first bytes on, and no two large ones are ever equal.
+PREAMBLE_LENGTH = 4096
+
+# Reading 1 MiB at a time keeps sha256 (1.8 GB/s) and not the system call the limit.
+_READ_SIZE = 1 << 20
+
+_DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+class FileSpan(NamedTuple):
+    """`length` bytes from `offset` of the descriptor `fd`, valid while its content stays open."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+Span = FileSpan | memoryview
+Spans = Callable[[int, int], Iterable[Span]]
+
+
+class ContentChangedError(Exception):
+    """The file behind a content is gone, or is no longer the file whose digest was taken."""
+
+
+class DigestStoppedError(Exception):
+    """Someone asked to stop before a digest was complete: hashing a terabyte must not delay an exit."""
+
+
+class Content(ABC):
+    """Immutable bytes of a known size."""
+
+    size: int
+
+    @abstractmethod
+    def opened(self) -> AbstractContextManager[Spans]:
+        """A context whose value maps (start, stop) to spans, for 0 <= start <= stop <= size.
+
+        Raises ContentChangedError on entering when the bytes are no longer available.
+        """
+
+    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[bytes | memoryview]:
+        """The bytes of [start, stop) piece by piece; each piece is at most one block long."""
+        with self.opened() as spans:
+            for span in spans(start, self.size if stop is None else stop):
+                if isinstance(span, memoryview):
+                    yield span
+                    continue
+                offset, left = span.offset, span.length
+                while left:
+                    piece = os.pread(span.fd, min(left, _READ_SIZE), offset)
+                    if not piece:
+                        raise ContentChangedError(f"the file ended {left} bytes early")
+                    yield piece
+                    offset += len(piece)
+                    left -= len(piece)
+
+    def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes of [start, stop) in memory: for small ranges."""
+        return b"".join(self.pieces(start, stop))
+
+
+class BytesContent(Content):
+    """Bytes in memory: configuration files, API answers, error pages."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._data = data
+
+    @contextmanager
+    def opened(self) -> Iterator[Spans]:
+        view = memoryview(self._data)
+        yield lambda start, stop: (view[start:stop],)
+
+
+class FileContent(Content):
+    """A file on disk, held to the identity (size, mtime, inode) it had when its digest was taken."""
+
+    def __init__(self, path: str, status: os.stat_result) -> None:
+        self.path = path
+        self.size = status.st_size
+        self.identity = file_identity(status)
+
+    @contextmanager
+    def opened(self) -> Iterator[Spans]:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ContentChangedError(f"{self.path}: {error.strerror}") from error
+        try:
+            if file_identity(os.fstat(fd)) != self.identity:
+                raise ContentChangedError(f"{self.path} changed on disk")
+            yield lambda start, stop: (FileSpan(fd, start, stop - start),)
+        finally:
+            os.close(fd)
+
+
+def file_identity(status: os.stat_result) -> tuple[int, int, int]:
+    """What must stay equal for a file to count as unchanged: size in bytes, mtime in ns, inode."""
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.cache
+def _block_fd() -> int:
+    """A memory file with the block all generated content is cut from; one per process, never closed.
+
+    A memory file lets sendfile serve generated bytes straight from the page cache, as a disk file's.
+    """
+    fd = os.memfd_create("manta-generated-block", os.MFD_CLOEXEC)
+    view = memoryview(hashlib.shake_128(b"manta generated block").digest(BLOCK_LENGTH))
+    while view:
+        view = view[os.write(fd, view) :]
+    return fd
+
+
+class GeneratedContent(Content):
+    """`size` bytes that depend on `seed` only; any range costs the same, however large the file."""
+
+    def __init__(self, seed: str, size: int) -> None:
+        if size < 0:
+            raise ValueError(f"size of generated content must not be negative: {size}")
+        self.size = size
+        self.seed = seed
+        digest = hashlib.shake_128(b"manta generated file:" + seed.encode())
+        self._preamble = memoryview(digest.digest(min(size, PREAMBLE_LENGTH)))
+        # Where in the block this file starts: files with different seeds differ at equal offsets too.
+        self._rotation = int.from_bytes(digest.digest(8), "little") % BLOCK_LENGTH
+
+    @contextmanager
+    def opened(self) -> Iterator[Spans]:
+        yield self._spans
+
+    def _spans(self, start: int, stop: int) -> Iterator[Span]:
+        if start < PREAMBLE_LENGTH:
+            yield self._preamble[start:stop]
+            start = PREAMBLE_LENGTH
+        while start < stop:
+            place = (start + self._rotation) % BLOCK_LENGTH
+            length = min(stop - start, BLOCK_LENGTH - place)
+            yield FileSpan(_block_fd(), place, length)
+            start += length
+
+
+class JoinedContent(Content):
+    """Several contents, or parts of contents, one after the other."""
+
+    def __init__(self, parts: Sequence[tuple[Content, int, int]]) -> None:
+        self._parts = list(parts)
+        self.size = sum(stop - start for _, start, stop in parts)
+
+    @contextmanager
+    def opened(self) -> Iterator[Spans]:
+        with ExitStack() as stack:
+            readers = [stack.enter_context(content.opened()) for content, _, _ in self._parts]
+
+            def spans(start: int, stop: int) -> Iterator[Span]:
+                at = 0  # offset in the joined content at which the next part begins
+                for reader, (_, first, last) in zip(readers, self._parts, strict=True):
+                    low, high = max(start, at), min(stop, at + last - first)
+                    if low < high:
+                        yield from reader(low - at + first, high - at + first)
+                    at += last - first
+
+            yield spans
+
+
+def joined(*contents: Content) -> JoinedContent:
+    """Whole contents one after the other."""
+    return JoinedContent([(content, 0, content.size) for content in contents])
+
+
+class TensorShape(NamedTuple):
+    """One tensor of a safetensors file: its name, dtype as the format spells it ("BF16"), and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor; raises ValueError for a dtype that the format does not know."""
+        if self.dtype not in _DTYPE_BYTES:
+            raise ValueError(f"unknown safetensors dtype {self.dtype!r}: one of {', '.join(_DTYPE_BYTES)}")
+        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
+
+def safetensors_content(tensors: Sequence[TensorShape], seed: str) -> Content:
+    """A valid safetensors file whose tensors hold generated bytes (floats among them may be NaN)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        end = at + tensor.size
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
+    return joined(BytesContent(len(text).to_bytes(8, "little") + text), GeneratedContent(seed, at))
+
+
+def sha256_hex(content: Content, stop: threading.Event | None = None) -> str:
+    """The content's sha256: what the Hub calls an LFS oid. Raises DigestStoppedError once `stop` is set."""
+    return _digest(hashlib.sha256(), content, stop)
+
+
+def git_blob_sha1_hex(content: Content, stop: threading.Event | None = None) -> str:
+    """The object id git gives a file with this content. Raises DigestStoppedError once `stop` is set."""
+    return _digest(hashlib.sha1(b"blob %d\0" % content.size, usedforsecurity=False), content, stop)
+
+
+def _digest(digest: hashlib._Hash, content: Content, stop: threading.Event | None) -> str:
+    for piece in content.pieces():
+        if stop is not None and stop.is_set():
+            raise DigestStoppedError
+        digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,247 @@
+"""The origin over HTTP, as a worker sees it: where a file's bytes are, and ranges of them into the cache file. Here and only here.
+
+aiohttp on asyncio. Nothing from here goes to a log: answers name the host and what happened, never a signed URL or a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import re
+import ssl
+import time
+from typing import TYPE_CHECKING
+
+import aiohttp
+from yarl import URL
+
+from manta import __version__
+from manta.wire.messages import Fetch, Fetched, Locate, Located, Reason
+from manta.worker.failure import OrderFailed
+from manta.worker.sink import ChunkSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+CONNECT_SECONDS_MAX = 10.0
+REDIRECTS_MAX = 5
+"""The Hub uses one (resolve-cache) or two (a renamed repo before it); more is a loop."""
+
+RETRY_AFTER_SECONDS_MAX = 600.0
+"""The Hub's quota window is 5 minutes; what asks for more than twice that is not believed."""
+
+_HEADERS_KEPT = frozenset(
+    {
+        "content-length",
+        "content-range",
+        "content-type",
+        "etag",
+        "location",
+        "ratelimit",
+        "ratelimit-policy",
+        "retry-after",
+        "x-error-code",
+        "x-error-message",
+        "x-linked-etag",
+        "x-linked-size",
+        "x-repo-commit",
+        "x-xet-hash",
+    }
+)
+_READ_BYTES = 1024 * 1024
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+def _same_origin(a: URL, b: URL) -> bool:
+    return (a.scheme, a.host, a.port) == (b.scheme, b.host, b.port)
+
+
+def _onward(headers: Mapping[str, str], here: URL, there: URL) -> dict[str, str]:
+    """The headers for the next hop: Authorization never leaves the origin it was meant for."""
+    if _same_origin(here, there):
+        return dict(headers)
+    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
+
+
+def retry_after_s(headers: Mapping[str, str], now: float) -> float:
+    """How long a 429 or 503 asks us to wait (`now` is in seconds since the epoch); 0 where it does not say.
+
+    The Hub's `RateLimit: "resolvers";r=0;t=N` comes first: its window is over after N seconds. Then Retry-After in both its forms.
+    """
+    wait = 0.0
+    if (match := re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))) and re.search(
+        r";\s*r=0\b", headers.get("RateLimit", "")
+    ):
+        wait = float(match[1]) + 1
+    elif after := headers.get("Retry-After"):
+        if after.strip().isdigit():
+            wait = float(after)
+        else:
+            try:
+                wait = email.utils.parsedate_to_datetime(after).timestamp() - now
+            except ValueError:
+                wait = 0.0
+    return min(max(wait, 0.0), RETRY_AFTER_SECONDS_MAX)
+
+
+_REASONS: dict[int, Reason] = {
+    401: "denied",
+    403: "denied",
+    404: "absent",
+    410: "absent",
+    416: "corrupt",
+    429: "throttled",
+}
+
+
+def _refusal(response: aiohttp.ClientResponse) -> OrderFailed:
+    """What a status that is not a success means."""
+    status = response.status
+    return OrderFailed(
+        _REASONS.get(status, "unavailable"),
+        f"{response.url.host} answered {status} {response.reason or ''}".rstrip(),
+        status,
+        retry_after_s(response.headers, time.time()),
+    )
+
+
+class OriginClient:
+    """One HTTP session with its connection pool. Must be made inside the loop that uses it."""
+
+    def __init__(self) -> None:
+        self._session = aiohttp.ClientSession(
+            # The daemon bounds the requests in flight. Idle connections are kept for the next chunk of a file.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30, ttl_dns_cache=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS_MAX),
+            headers={"User-Agent": f"manta/{__version__}", "Accept-Encoding": "identity"},
+            auto_decompress=False,
+            read_bufsize=_READ_BYTES,
+            trust_env=True,  # HTTPS_PROXY and its kin, as every other client of the Hub
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def locate(self, order: Locate) -> Located:
+        """Raises OrderFailed when the origin cannot be asked in time; any status it answers is an answer."""
+        url, headers = URL(order.url, encoded=True), order.headers
+        try:
+            async with asyncio.timeout(order.deadline_s):
+                for _hop in range(REDIRECTS_MAX):
+                    async with self._session.head(url, headers=headers, allow_redirects=False) as response:
+                        kept = {k.lower(): v for k, v in response.headers.items() if k.lower() in _HEADERS_KEPT}
+                        onward = response.headers.get("Location")
+                        if response.status in {301, 302, 303, 307, 308} and onward:
+                            there = url.join(URL(onward, encoded=True))
+                            if _same_origin(url, there):
+                                url = there
+                                continue
+                            kept["location"] = str(there)
+                        return Located(order.order, response.status, str(url), kept)
+        except TimeoutError as e:
+            raise OrderFailed("unavailable", f"{url.host} did not answer within {order.deadline_s:.0f} s") from e
+        except aiohttp.ClientError as e:
+            raise _connection_failure(url, e) from e
+        raise OrderFailed("unavailable", f"{url.host} redirects in a loop")
+
+    async def fetch(self, order: Fetch, fd: int, progress: Callable[[int, int], None]) -> Fetched:
+        """Raises OrderFailed; what has been written and told by `progress` stays."""
+        began = time.monotonic()
+        sink = ChunkSink(fd, order.start, order.end, progress)
+        url = URL(order.url, encoded=True)
+        try:
+            for start, end in order.extents:
+                sink.begin(start)
+                await self._fetch_extent(order, url, start, end, sink)
+            digest = sink.finish()
+        except aiohttp.ConnectionTimeoutError as e:
+            raise OrderFailed("unavailable", f"{url.host} took no connection for {CONNECT_SECONDS_MAX:g} s") from e
+        except TimeoutError as e:
+            raise OrderFailed("unavailable", f"{url.host} sent nothing for {order.stall_s:g} s") from e
+        except aiohttp.ClientError as e:
+            raise _connection_failure(url, e) from e
+        finally:
+            sink.interrupted()
+        return Fetched(order.order, digest, time.monotonic() - began)
+
+    async def _fetch_extent(self, order: Fetch, url: URL, start: int, end: int, sink: ChunkSink) -> None:
+        headers = dict(order.headers) | {"Range": f"bytes={start}-{end - 1}"}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS_MAX, sock_read=order.stall_s)
+        for _hop in range(REDIRECTS_MAX):
+            async with self._session.get(url, headers=headers, allow_redirects=False, timeout=timeout) as response:
+                onward = response.headers.get("Location")
+                if response.status in {301, 302, 303, 307, 308} and onward:
+                    there = url.join(URL(onward, encoded=True))
+                    headers = _onward(headers, url, there)
+                    url = there
+                    continue
+                self._check(response, start, end, order.blob_size)
+                await self._drain(response, start, end, sink)
+                return
+        raise OrderFailed("unavailable", f"{url.host} redirects in a loop")
+
+    @staticmethod
+    def _check(response: aiohttp.ClientResponse, start: int, end: int, blob_size: int) -> None:
+        """That the answer is the asked bytes of the right file, as far as its head can tell."""
+        host = response.url.host
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise OrderFailed("unavailable", f"{host} sent a compressed body to a request for plain bytes")
+        if response.status == 206:
+            found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if found is None:
+                raise OrderFailed("unavailable", f"{host} answered 206 without a Content-Range")
+            if found[3] not in {"*", str(blob_size)}:
+                raise OrderFailed("corrupt", f"{host} has {found[3]} bytes in this file, the hub says {blob_size}")
+            if int(found[1]) != start or int(found[2]) + 1 > end:
+                raise OrderFailed("corrupt", f"{host} answered bytes {found[1]}-{found[2]} to {start}-{end - 1}")
+        elif response.status == 200:
+            if start != 0:
+                raise OrderFailed("unavailable", f"{host} ignores Range: it sent the file from its first byte")
+            length = response.headers.get("Content-Length")
+            if length is not None and length != str(blob_size):
+                raise OrderFailed("unavailable", f"{host} sent {length} bytes for a file of {blob_size}")
+        else:
+            raise _refusal(response)
+
+    @staticmethod
+    async def _drain(response: aiohttp.ClientResponse, start: int, end: int, sink: ChunkSink) -> None:
+        at = start
+        while data := await response.content.readany():
+            if at + len(data) > end:
+                if response.status == 206:
+                    raise OrderFailed("corrupt", f"{response.url.host} sent more bytes than asked for")
+                data = data[: end - at]  # a 200: the whole file, of which this chunk is the beginning
+            sink.write(data)
+            at += len(data)
+            if at == end and response.status == 200:
+                response.close()  # the rest of the file is not wanted
+                return
+        if at != end:
+            raise OrderFailed(
+                "unavailable", f"{response.url.host} ended the body after {at - start} of {end - start} bytes"
+            )
+
+
+def _connection_failure(url: URL, e: aiohttp.ClientError) -> OrderFailed:
+    """A clause for what went wrong below HTTP; never the exception's own text where that could hold the URL."""
+    match e:
+        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError():
+            what = f"has a TLS certificate or handshake that was refused ({_tls_reason(e)})"
+        case aiohttp.ClientConnectorDNSError():
+            what = "cannot be found (name lookup failed)"
+        case aiohttp.ClientConnectorError():
+            what = f"cannot be reached ({e.os_error.strerror or 'no connection'})"
+        case aiohttp.ServerTimeoutError():
+            what = "did not answer in time"
+        case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
+            what = "closed the connection before the body was complete"
+        case aiohttp.ClientOSError():
+            what = f"broke the connection ({e.strerror or 'reset'})"
+        case _:
+            what = f"sent what is not HTTP ({type(e).__name__})"
+    return OrderFailed("unavailable", f"{url.host} {what}")
+
+
+def _tls_reason(e: aiohttp.ClientConnectorError | aiohttp.ClientConnectorCertificateError) -> str:
+    cause = e.certificate_error if isinstance(e, aiohttp.ClientConnectorCertificateError) else e.os_error
+    return getattr(cause, "verify_message", "") or (cause.reason if isinstance(cause, ssl.SSLError) else "") or "TLS"

@@ -1,0 +1,179 @@
+"""The worker's loop: takes orders from the daemon's socket, runs each as a task, answers. Here and only here.
+
+One asyncio process per worker. The daemon bounds the orders in flight, so nothing here queues without a bound; when the daemon is
+gone (end of the socket), the worker is too. It knows no paths, no cache layout and no tokens but those of the order at hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, assert_never
+
+from manta.wire.channel import Closed, receive_nowait, send_nowait
+from manta.wire.messages import (
+    Cancel,
+    Digest,
+    Digested,
+    Failed,
+    Fetch,
+    Fetched,
+    Locate,
+    Located,
+    Message,
+    Progress,
+    Ready,
+    ToWorker,
+    decode_to_worker,
+    encode,
+)
+from manta.worker.digester import Digester
+from manta.worker.failure import OrderFailed
+
+if TYPE_CHECKING:
+    from manta.worker.origin import OriginClient
+
+_DIGEST_NICENESS = 10  # digests take idle CPU: a reader or a transfer goes first
+_PR_SET_PDEATHSIG = 1
+
+
+class _Link:
+    """The worker's end of the socket, on asyncio. Answers wait here while the daemon is slow to read; progress is dropped instead."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._unsent: deque[bytes] = deque()  # bounded by the orders in flight: one answer each
+
+    async def receive(self) -> tuple[ToWorker, int | None]:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                data, fd = receive_nowait(self._socket)
+            except BlockingIOError:
+                readable = loop.create_future()
+                loop.add_reader(self._socket, readable.set_result, None)
+                try:
+                    await readable
+                finally:
+                    loop.remove_reader(self._socket)
+                continue
+            return decode_to_worker(data), fd
+
+    def send(self, message: Message) -> None:
+        if self._unsent and isinstance(message, Progress):
+            return  # the next one tells more
+        self._unsent.append(encode(message))
+        self._flush()
+
+    def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._unsent:
+            try:
+                send_nowait(self._socket, self._unsent[0])
+            except BlockingIOError:
+                loop.add_writer(self._socket, self._flush)
+                return
+            except Closed:
+                self._unsent.clear()  # the receiving side sees the end and stops the worker
+                break
+            self._unsent.popleft()
+        loop.remove_writer(self._socket)
+
+
+class _Worker:
+    def __init__(self, link: _Link, origin: OriginClient | None) -> None:
+        self._link = link
+        self._origin = origin
+        self._digester = Digester()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def serve(self) -> None:
+        self._link.send(Ready(0, os.getpid()))
+        while True:
+            try:
+                order, fd = await self._link.receive()
+            except Closed:
+                break
+            if isinstance(order, Cancel):
+                if task := self._tasks.get(order.order):
+                    task.cancel()
+                continue
+            task = asyncio.create_task(self._run(order, fd))
+            self._tasks[order.order] = task
+            task.add_done_callback(partial(self._forget, order.order))
+        for task in list(self._tasks.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._origin is not None:
+            await self._origin.close()
+
+    def _forget(self, number: int, _task: asyncio.Task[None]) -> None:
+        self._tasks.pop(number, None)
+
+    async def _run(self, order: Locate | Fetch | Digest, fd: int | None) -> None:
+        try:
+            answer: Message = await self._carry_out(order, fd)
+        except asyncio.CancelledError:
+            answer = Failed(order.order, "cancelled", "was cancelled")
+        except OrderFailed as e:
+            answer = Failed(order.order, e.reason, e.message, e.status, e.retry_after_s)
+        except Exception as e:
+            answer = Failed(order.order, "unavailable", f"failed in the worker: {type(e).__name__}")
+        finally:
+            if fd is not None:
+                os.close(fd)
+        self._link.send(answer)
+
+    async def _carry_out(self, order: Locate | Fetch | Digest, fd: int | None) -> Located | Fetched | Digested:
+        match order:
+            case Locate():
+                return await self._online().locate(order)
+            case Fetch():
+                assert fd is not None
+                return await self._online().fetch(
+                    order, fd, lambda at, upto: self._link.send(Progress(order.order, at, upto))
+                )
+            case Digest():
+                assert fd is not None
+                return await asyncio.to_thread(self._digester.advance, order, fd)
+            case _:
+                assert_never(order)
+
+    def _online(self) -> OriginClient:
+        if self._origin is None:
+            raise OrderFailed("unavailable", "reached a worker that only digests")
+        return self._origin
+
+
+async def _serve(role: str, sock: socket.socket) -> None:
+    origin = None
+    if role == "fetch":
+        # aiohttp is about 30 MB of memory: the digest worker does without.
+        from manta.worker.origin import OriginClient
+
+        origin = OriginClient()
+    # What is loaded by now stays for good: taking it out of the collector's sight spares its passes over it.
+    gc.freeze()
+    await _Worker(_Link(sock), origin).serve()
+
+
+def run(role: str, fd: int) -> int:
+    """Serves orders until the daemon's end of the socket is closed. The exit code is 0."""
+    # Ctrl-C goes to the whole process group in the foreground; the daemon decides when its workers stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        # A worker that hangs in a system call when the daemon dies would not see the socket's end.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if role == "digest":
+        os.nice(_DIGEST_NICENESS)
+    with socket.socket(fileno=fd) as sock:
+        asyncio.run(_serve(role, sock))
+    return 0
