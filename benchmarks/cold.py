@@ -1,4 +1,6 @@
-"""`cold`: a whole file read once, in order, nothing cached, beside curl on the same link. Here and only here; run by `benchmarks.__main__`.
+"""The `cold` benchmark, here and only here; run by `benchmarks.__main__`.
+
+A cold file read once, in order, beside curl on the same link.
 
 Rounds of one plain download by curl to /dev/null and one sequential read of 4 MiB blocks through a fresh mount, in turns which comes first,
 so that a machine that slows down does not favour one. The figure is the median of the rounds' ratios.
@@ -10,7 +12,7 @@ import argparse
 from collections.abc import Iterator
 
 from benchmarks.report import GIGABYTE, MEGABYTE, Chart, Goal, Report, Row, median, ratio
-from benchmarks.rig import Measurement, Rig, rig_options
+from benchmarks.rig import Measurement, Rig, count, rig_options
 
 SUMMARY = "sequential read of a cold file, beside curl on the same link"
 PROGRAMS = ("curl", "ip", "tc", "nsenter", "fusermount3")
@@ -23,7 +25,7 @@ NAME = "model.safetensors"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     rig_options(parser, size="2GiB")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of curl and mount (default: 3)")
+    parser.add_argument("--rounds", type=count, default=3, help="rounds of curl and mount (default: 3)")
 
 
 def run(options: argparse.Namespace) -> Report:

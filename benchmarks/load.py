@@ -1,4 +1,6 @@
-"""`load`: safetensors' load_file through the mount, beside downloading first and loading from disk. Here and only here. Run by `benchmarks.__main__`.
+"""The `load` benchmark, here and only here; run by `benchmarks.__main__`.
+
+safetensors' load_file through the mount, beside downloading first and loading from disk.
 
 What a serving process does at its start, on the same link: either huggingface_hub's snapshot_download and then load_file, or load_file
 at once through a cold mount. Then the warm cases: again in another process, and with the page cache dropped, from disk and from Manta's
@@ -14,7 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import GIGABYTE, MEGABYTE, Chart, Goal, Report, Row, median, ratio
-from benchmarks.rig import REPO, Measurement, Mount, Rig, drop_page_cache, rig_options
+from benchmarks.rig import REPO, Measurement, Mount, Rig, count, drop_page_cache, rig_options
 from manta.errors import Corrupt
 
 SUMMARY = "safetensors load_file through the mount, beside hf download and a load from disk"
@@ -35,7 +37,7 @@ STEPS = (DOWNLOAD, DISK, COLD, WARM, DISK_COLD, CACHED)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     rig_options(parser, size="2GiB")
-    parser.add_argument("--rounds", type=int, default=1, help="of everything (default: 1)")
+    parser.add_argument("--rounds", type=count, default=1, help="of everything (default: 1)")
 
 
 def run(options: argparse.Namespace) -> Report:

@@ -1,4 +1,6 @@
-"""`parallel`: one cold file read by threads in random order and by processes through mmap. Here and only here. Run by `benchmarks.__main__`.
+"""The `parallel` benchmark, here and only here; run by `benchmarks.__main__`.
+
+One cold file read by threads in random order and by processes through mmap, beside curl on the same link.
 
 1 MiB reads, each block of the file once in random order, by 1, 2, 4 and 8 threads on one shared descriptor; then four processes that each
 read the whole file through mmap. Each with a fresh mount and cache. The link is what curl gets, measured before, between and after.

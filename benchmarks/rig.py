@@ -35,7 +35,7 @@ from benchmarks.report import MEGABYTE, ratio
 from benchmarks.sampler import GroupUsage, ProcessUsage, Sampler
 from manta.config import CacheConfig, Config, DaemonConfig, parse_size
 from manta.control.client import Client
-from manta.errors import Corrupt, MantaError, Unavailable
+from manta.errors import Corrupt, Invalid, MantaError, Unavailable
 from manta.testing import netns
 from manta.testing.hub import HubProcess, HubSpec, RepoSpec, Safetensors, Settings, Tensor
 from manta.testing.hub.files import read_spec
@@ -43,6 +43,9 @@ from manta.testing.hub.traffic import BlobTraffic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REPO = "bench/model"
+
+FILE_SIZE_MIN = 1024 * 1024
+"""A benchmark of less measures nothing but its own start."""
 
 TENSOR_ROWS_MAX = 8192
 TENSOR_COLUMNS = 4096
@@ -66,10 +69,10 @@ CURL_REPORT = '{"seconds": %{time_total}, "first_byte_s": %{time_starttransfer},
 
 def rig_options(parser: argparse.ArgumentParser, *, size: str) -> None:
     """The options of every benchmark that runs on a rig."""
-    parser.add_argument("--size", type=parse_size, default=parse_size(size), help=f"of a file (default: {size})")
+    parser.add_argument("--size", type=file_size, default=parse_size(size), help=f"of a file (default: {size})")
     parser.add_argument(
         "--rate",
-        type=float,
+        type=link_rate,
         default=netns.GIGABIT,
         help="bits per second of the hub's link, 0: no limit (default: 1e9)",
     )
@@ -79,6 +82,33 @@ def rig_options(parser: argparse.ArgumentParser, *, size: str) -> None:
         default=Path("/var/tmp"),
         help="where cache directories go: on the disk to be measured (default: /var/tmp)",
     )
+
+
+def file_size(text: str) -> int:
+    """FILE_SIZE_MIN or more; an option's type."""
+    try:
+        size = parse_size(text)
+    except Invalid as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if size < FILE_SIZE_MIN:
+        raise argparse.ArgumentTypeError(f"{text} is too little: at least {FILE_SIZE_MIN} bytes")
+    return size
+
+
+def link_rate(text: str) -> int:
+    """Bits per second, also as 1e9; an option's type."""
+    rate = float(text)
+    if not 0 <= rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a rate")
+    return int(rate)
+
+
+def count(text: str) -> int:
+    """One or more; an option's type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few: at least 1")
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +169,7 @@ class Rig:
     def __init__(self, folder: Path, link: netns.Namespace, hub: HubProcess, specs: Mapping[str, Safetensors]) -> None:
         self.folder = folder
         self.hub = hub
-        self._link = link
+        self.link = link
         self._specs = specs
         self._facts = hub.files(REPO).files
         self._digests: dict[tuple[str, int], str] = {}
@@ -153,7 +183,7 @@ class Rig:
         spec = HubSpec(repos=[RepoSpec(id=REPO, files=dict(specs))], settings=Settings(latency_s=latency_s))
         with (
             scratch.scratch(options.scratch) as folder,
-            netns.namespace(int(options.rate)) as link,
+            netns.namespace(options.rate) as link,
             HubProcess(spec, prefix=link.command([]), host=link.address) as hub,
         ):
             yield cls(folder, link, hub, specs)
@@ -332,7 +362,7 @@ class Rig:
         self, commands: Sequence[Sequence[str]], mount: Mount | None, size: int, environ: Mapping[str, str]
     ) -> tuple[list[dict[str, Any]], dict[str, GroupUsage], float]:
         """Runs commands side by side, each of which prints one JSON object; them, usage by group, the rest of the machine's CPU."""
-        rate = (self._link.rate or UNLIMITED_RATE) / 8
+        rate = (self.link.rate or UNLIMITED_RATE) / 8
         deadline = time.monotonic() + READER_TIMEOUT_S + SLOWDOWN_MAX * size / rate
         processes: list[subprocess.Popen[str]] = []
         groups: dict[str, Callable[[], list[int]]] = {

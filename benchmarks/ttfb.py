@@ -1,4 +1,6 @@
-"""`ttfb`: time to the first bytes of a cold file, beside a plain client of the same hub. Here and only here; run by `benchmarks.__main__`.
+"""The `ttfb` benchmark, here and only here; run by `benchmarks.__main__`.
+
+The time to the first bytes of a cold file, beside a plain client of the same hub.
 
 Each sample is a file nobody has touched yet: 4 KiB at a random offset, from before open() to the bytes. In turns with it a plain client
 does what anyone must, one resolve and one ranged request. The hub waits before each answer (--latency). Both start when the hub is idle.
@@ -12,7 +14,7 @@ import random
 
 from benchmarks import origin
 from benchmarks.report import Chart, Goal, Report, Row, median, quantile, ratio
-from benchmarks.rig import REPO, Rig, rig_options
+from benchmarks.rig import REPO, Rig, count, rig_options
 from manta.errors import Corrupt
 
 SUMMARY = "4 KiB at a random offset of a cold file, beside one resolve and one range request"
@@ -26,7 +28,7 @@ WARM_UP = "warm-up.safetensors"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     rig_options(parser, size="64MiB")
-    parser.add_argument("--samples", type=int, default=24, help="cold files, each read once (default: 24)")
+    parser.add_argument("--samples", type=count, default=24, help="cold files, each read once (default: 24)")
     parser.add_argument(
         "--latency", type=float, default=0.05, metavar="SECONDS", help="of every answer of the hub (default: 0.05)"
     )

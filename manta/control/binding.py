@@ -18,8 +18,9 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from manta.errors import Absent, Denied, Invalid, InUse, MantaError
+from manta.errors import Absent, Denied, InUse, Invalid, MantaError
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 
@@ -226,9 +227,9 @@ def _holds(process: Path, directory: str) -> str:
         except OSError:
             pass
     try:
-        for descriptor in os.scandir(process / "fd"):
+        for descriptor in os.listdir(process / "fd"):
             try:
-                if below(os.readlink(descriptor.path)):
+                if below(os.readlink(process / "fd" / descriptor)):
                     return "open"
             except OSError:
                 continue
@@ -245,22 +246,26 @@ def _holds(process: Path, directory: str) -> str:
 def _mount(source: str, directory: str, flags: int) -> None:
     # None for type and data: a bind has neither.
     if _libc().mount(os.fsencode(source), os.fsencode(directory), None, flags, None):
-        _raise(ctypes.get_errno(), f"{source} could not be bound to {directory}")
+        number = ctypes.get_errno()
+        if number == errno.ENOENT:
+            raise Absent(f"{source} could not be bound to {directory}: one of them does not exist here.")
+        _raise(number, f"{source} could not be bound to {directory}")
 
 
 def _umount(directory: str, flags: int) -> None:
     if _libc().umount2(os.fsencode(directory), flags):
-        _raise(ctypes.get_errno(), f"{directory} could not be unmounted")
+        number = ctypes.get_errno()
+        if number in {errno.EINVAL, errno.ENOENT}:
+            raise Absent(f"{directory} could not be unmounted: nothing is mounted there.")
+        _raise(number, f"{directory} could not be unmounted")
 
 
-def _raise(number: int, what: str) -> None:
+def _raise(number: int, what: str) -> NoReturn:
     why = os.strerror(number)
     if number in {errno.EPERM, errno.EACCES}:
         raise Denied(f"{what}: {why}. Mounting needs root (CAP_SYS_ADMIN).")
     if number == errno.EBUSY:
         raise InUse(f"{what}: something still uses it.")
-    if number in {errno.EINVAL, errno.ENOENT}:
-        raise Absent(f"{what}: nothing is mounted there ({why}).")
     raise Invalid(f"{what}: {why}.")
 
 

@@ -1,0 +1,510 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from manta.cache.metadata import MetadataStore
+from manta.errors import Absent, CacheBroken, Corrupt, Denied, MantaError, Throttled, Unavailable
+from manta.hub import catalog as module
+from manta.hub.catalog import ABSENT_S, CURRENT_S, DENIED_S, GRANT_S, UNAVAILABLE_S, Catalog, Resolution
+from manta.hub.origin import Access, Origin
+from manta.model.ids import Commit, RepoId, RepoKind
+from manta.model.snapshot import Snapshot
+from tests.hub.fake_origin import FakeOrigin, commit, entry
+
+REPO = RepoId(RepoKind.MODEL, "org/name")
+A, B, C = commit("a"), commit("b"), commit("c")
+ANONYMOUS, MEMBER, STRANGER = Access.anonymous(), Access("hf_member"), Access("hf_stranger")
+DOWN = Unavailable("The hub is down.")
+
+
+class MemoryStore:
+    """A store in memory that can fail."""
+
+    def __init__(self) -> None:
+        self.trees: dict[tuple[RepoId, Commit], Snapshot] = {}
+        self.named: dict[tuple[RepoId, str], tuple[Commit, float]] = {}
+        self.failure: Exception | None = None
+        self.writes = 0
+
+    def _touch(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def save_snapshot(self, snapshot: Snapshot) -> None:
+        self._touch()
+        self.writes += 1
+        self.trees[snapshot.repo, snapshot.commit] = snapshot
+
+    def snapshot(self, repo: RepoId, commit: Commit) -> Snapshot | None:
+        self._touch()
+        return self.trees.get((repo, commit))
+
+    def save_ref(self, repo: RepoId, revision: str, commit: Commit, when: float) -> None:
+        self._touch()
+        self.writes += 1
+        self.named[repo, revision] = (commit, when)
+
+    def ref(self, repo: RepoId, revision: str) -> tuple[Commit, float] | None:
+        self._touch()
+        return self.named.get((repo, revision))
+
+
+@pytest.fixture
+def origin() -> FakeOrigin:
+    origin = FakeOrigin()
+    origin.add(REPO, "main", A, [entry("config.json"), entry("weights/model.bin", "2")])
+    origin.refs[REPO, None] = A
+    return origin
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def catalog(origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery, mock_clock: MockClock) -> Catalog:
+    return Catalog(origin, store, nursery, clock=lambda: 1000.0)
+
+
+def test_the_fake_is_an_origin(origin: FakeOrigin) -> None:
+    _: Origin = origin
+
+
+# Revisions -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_the_origins_word_is_taken_and_kept(catalog: Catalog, origin: FakeOrigin, store: MemoryStore) -> None:
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(A)
+    assert store.named == {(REPO, "main"): (A, 1000.0)}
+
+
+@pytest.mark.trio
+async def test_the_default_branch_is_kept_under_the_name_that_all_hubs_give_it(
+    catalog: Catalog, store: MemoryStore
+) -> None:
+    await catalog.resolve(REPO, None, ANONYMOUS)
+    assert list(store.named) == [(REPO, "main")]
+
+
+@pytest.mark.trio
+async def test_many_askers_are_one_question(catalog: Catalog, origin: FakeOrigin) -> None:
+    origin.hold()
+    found: list[Resolution] = []
+
+    async def ask() -> None:
+        found.append(await catalog.resolve(REPO, "main", ANONYMOUS))
+
+    async with trio.open_nursery() as askers:
+        for _ in range(20):
+            askers.start_soon(ask)
+        await wait_all_tasks_blocked()
+        origin.open.set()
+    assert found == [Resolution(A)] * 20
+    assert origin.asked == ["resolve org/name@main"]
+
+
+@pytest.mark.trio
+async def test_an_asker_who_leaves_takes_nothing_from_the_others(catalog: Catalog, origin: FakeOrigin) -> None:
+    origin.hold()
+    found: list[Resolution] = []
+    leaver = trio.CancelScope()
+
+    async def leave() -> None:
+        with leaver:
+            await catalog.resolve(REPO, "main", ANONYMOUS)
+
+    async def stay() -> None:
+        found.append(await catalog.resolve(REPO, "main", ANONYMOUS))
+
+    async with trio.open_nursery() as askers:
+        askers.start_soon(leave)  # its question, and it leaves
+        await wait_all_tasks_blocked()
+        askers.start_soon(stay)
+        await wait_all_tasks_blocked()
+        leaver.cancel()
+        await wait_all_tasks_blocked()
+        origin.open.set()
+    assert found == [Resolution(A)]
+    assert len(origin.asked) == 1
+
+
+@pytest.mark.trio
+async def test_each_asker_gets_an_error_of_its_own(catalog: Catalog, origin: FakeOrigin) -> None:
+    origin.hold()
+    origin.failure = Throttled("Wait.", 7.0)
+    errors: list[MantaError] = []
+
+    async def ask() -> None:
+        try:
+            await catalog.resolve(REPO, "main", ANONYMOUS)
+        except MantaError as error:
+            errors.append(error)
+
+    async with trio.open_nursery() as askers:
+        for _ in range(3):
+            askers.start_soon(ask)
+        await wait_all_tasks_blocked()
+        origin.open.set()
+    assert len({id(error) for error in errors}) == 3
+    for error in errors:
+        assert isinstance(error, Throttled)
+        assert (error.message, error.retry_after_s) == ("Wait.", 7.0)
+
+
+@pytest.mark.trio
+async def test_a_silent_origin_is_given_up_at_the_deadline(
+    catalog: Catalog, origin: FakeOrigin, mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    origin.hold()
+    errors: list[Unavailable] = []
+
+    async def ask() -> None:
+        with pytest.raises(Unavailable, match="did not answer within 20 s") as caught:
+            await catalog.resolve(REPO, "main", ANONYMOUS)
+        errors.append(caught.value)
+
+    async with trio.open_nursery() as askers:
+        askers.start_soon(ask)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(19.0)
+        await wait_all_tasks_blocked()
+        assert not errors
+        mock_clock.jump(1.0)
+    assert errors
+
+
+@pytest.mark.trio
+async def test_an_unreachable_origin_leaves_what_it_said_last(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore, mock_clock: MockClock
+) -> None:
+    store.named[REPO, "main"] = (B, 1.0)
+    origin.failure = DOWN
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(B, stale=True, reason="The hub is down.")
+    origin.failure = None
+    assert (await catalog.resolve(REPO, "main", ANONYMOUS)).stale, "not asked again at once"
+    mock_clock.jump(UNAVAILABLE_S)
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(A)
+
+
+@pytest.mark.trio
+async def test_an_unreachable_origin_and_nothing_stored_is_unavailable(catalog: Catalog, origin: FakeOrigin) -> None:
+    origin.failure = DOWN
+    with pytest.raises(Unavailable, match="hub is down"):
+        await catalog.resolve(REPO, "main", ANONYMOUS)
+
+
+@pytest.mark.parametrize("error", [Absent("Gone."), Denied("No."), Corrupt("Wrong.")])
+@pytest.mark.trio
+async def test_a_refusal_is_not_answered_from_the_store(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore, error: MantaError
+) -> None:
+    store.named[REPO, "main"] = (B, 1.0)
+    origin.failure = error
+    with pytest.raises(type(error), match=error.message):
+        await catalog.resolve(REPO, "main", ANONYMOUS)
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (Absent("Gone."), ABSENT_S),
+        (Denied("No."), DENIED_S),
+        (Unavailable("Down."), UNAVAILABLE_S),
+        (Throttled("Wait.", 50.0), 50.0),
+    ],
+)
+@pytest.mark.trio
+async def test_a_refusal_is_believed_for_a_while(
+    catalog: Catalog,
+    origin: FakeOrigin,
+    store: MemoryStore,
+    mock_clock: MockClock,
+    error: MantaError,
+    seconds: float,
+) -> None:
+    origin.failure = error
+    for _ in range(5):
+        with pytest.raises(type(error)):
+            await catalog.resolve(REPO, "main", ANONYMOUS)
+    assert len(origin.asked) == 1
+    origin.failure = None
+    assert await catalog.resolve(REPO, "main", MEMBER) == Resolution(A), "another access is another question"
+    store.named.clear()
+    mock_clock.jump(seconds - 0.1)
+    with pytest.raises(type(error)):
+        await catalog.resolve(REPO, "main", ANONYMOUS)
+    mock_clock.jump(0.1)
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(A)
+
+
+@pytest.mark.trio
+async def test_what_is_remembered_is_bounded(
+    catalog: Catalog, origin: FakeOrigin, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery, store: MemoryStore
+) -> None:
+    monkeypatch.setattr(module, "ANSWERS_MAX", 8)
+    small = Catalog(origin, store, nursery)
+    for n in range(50):
+        with pytest.raises(Absent):
+            await small.resolve(REPO, f"no-{n}", ANONYMOUS)
+    with pytest.raises(Absent):
+        await small.resolve(REPO, "no-49", ANONYMOUS)
+    assert len(origin.asked) == 50
+    with pytest.raises(Absent):
+        await small.resolve(REPO, "no-0", ANONYMOUS)
+    assert len(origin.asked) == 51
+
+
+@pytest.mark.trio
+async def test_too_many_questions_at_once_are_refused(
+    catalog: Catalog, origin: FakeOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FLIGHTS_MAX", 2)
+    origin.hold()
+    async with trio.open_nursery() as askers:
+        for revision in ("main", None):
+            askers.start_soon(catalog.resolve, REPO, revision, ANONYMOUS)
+        await wait_all_tasks_blocked()
+        with pytest.raises(Unavailable, match="waiting for an answer"):
+            await catalog.resolve(REPO, "another", ANONYMOUS)
+        origin.open.set()
+
+
+@pytest.mark.trio
+async def test_current_asks_no_more_often_than_it_must(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore, mock_clock: MockClock
+) -> None:
+    for _ in range(5):
+        assert await catalog.current(REPO, "main", ANONYMOUS) == Resolution(A)
+    assert len(origin.asked) == 1
+    origin.refs[REPO, "main"] = B
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(B), "resolve asks"
+    assert await catalog.current(REPO, "main", ANONYMOUS) == Resolution(B), "and current knows"
+    origin.refs[REPO, "main"] = C
+    mock_clock.jump(CURRENT_S)
+    assert await catalog.current(REPO, "main", ANONYMOUS) == Resolution(C)
+    assert store.named[REPO, "main"][0] == C
+
+
+@pytest.mark.trio
+async def test_an_unchanged_ref_is_not_written_again(
+    catalog: Catalog, store: MemoryStore, mock_clock: MockClock
+) -> None:
+    for _ in range(10):
+        mock_clock.jump(CURRENT_S)
+        await catalog.current(REPO, "main", ANONYMOUS)
+    assert store.writes == 1
+    mock_clock.jump(module.NOTED_S)
+    await catalog.current(REPO, "main", ANONYMOUS)
+    assert store.writes == 2
+
+
+@pytest.mark.trio
+async def test_a_commit_whose_tree_is_stored_needs_no_hub(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore
+) -> None:
+    store.trees[REPO, B] = Snapshot.of(REPO, B, [entry("x")])
+    assert await catalog.resolve(REPO, B, ANONYMOUS) == Resolution(B)
+    assert (await catalog.snapshot(REPO, B, ANONYMOUS)).files.keys() == {"x"}
+    assert not origin.asked
+
+
+@pytest.mark.trio
+async def test_a_commit_that_is_not_stored_is_asked_for_and_no_ref(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore
+) -> None:
+    assert await catalog.resolve(REPO, A, ANONYMOUS) == Resolution(A)
+    assert origin.asked == [f"resolve org/name@{A}"]
+    assert not store.named
+
+
+@pytest.mark.trio
+async def test_offline_nothing_is_asked(origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery) -> None:
+    catalog = Catalog(origin, store, nursery, offline=True)
+    for revision in ("main", A):
+        with pytest.raises(Unavailable, match=r"offline mode is on.*HF_HUB_OFFLINE"):
+            await catalog.resolve(REPO, revision, ANONYMOUS)
+    with pytest.raises(Unavailable, match="offline mode is on"):
+        await catalog.snapshot(REPO, A, ANONYMOUS)
+    store.named[REPO, "main"] = (B, 1.0)
+    store.trees[REPO, B] = Snapshot.of(REPO, B, [entry("x")])
+    found = await catalog.resolve(REPO, None, ANONYMOUS)
+    assert (found.commit, found.stale) == (B, True)
+    assert "offline mode" in found.reason
+    assert (await catalog.snapshot(REPO, B, ANONYMOUS)).files
+    assert not origin.asked
+
+
+# Trees ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_tree_is_asked_for_once_and_stored(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery
+) -> None:
+    async with trio.open_nursery() as askers:
+        for _ in range(10):
+            askers.start_soon(catalog.snapshot, REPO, A, ANONYMOUS)
+    first = await catalog.snapshot(REPO, A, MEMBER)
+    assert first.files.keys() == {"config.json", "weights/model.bin"}
+    assert origin.asked == ["snapshot org/name@a"]
+    assert store.trees[REPO, A] == first
+    origin.failure = DOWN
+    later = Catalog(origin, store, nursery)
+    assert await later.snapshot(REPO, A, ANONYMOUS) == first
+
+
+@pytest.mark.trio
+async def test_a_tree_that_no_filesystem_can_show_is_corrupt_and_not_stored(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore
+) -> None:
+    origin.trees[REPO, A] = [entry("a"), entry("a/b")]
+    with pytest.raises(Corrupt):
+        await catalog.snapshot(REPO, A, ANONYMOUS)
+    assert not store.trees
+    store.trees[REPO, A] = Snapshot.of(REPO, A, [entry("../evil")])
+    origin.trees[REPO, A] = [entry("fine")]
+    with trio.fail_after(5):
+        assert (await catalog.snapshot(REPO, A, MEMBER)).files.keys() == {"fine"}
+
+
+@pytest.mark.trio
+async def test_only_so_many_trees_stay_in_memory(
+    origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SNAPSHOT_FILES_MAX", 5)
+    catalog = Catalog(origin, store, nursery)
+    for letter in "abc":
+        origin.trees[REPO, commit(letter)] = [entry(f"{n}") for n in range(2)]
+        await catalog.snapshot(REPO, commit(letter), ANONYMOUS)
+    store.failure = CacheBroken("The disk is gone.")
+    for letter in "bc":
+        await catalog.snapshot(REPO, commit(letter), ANONYMOUS)
+    assert len(origin.asked) == 3
+    await catalog.snapshot(REPO, A, ANONYMOUS)
+    assert len(origin.asked) == 4
+    origin.trees[REPO, commit("d")] = [entry(f"{n}") for n in range(9)]
+    for _ in range(3):
+        await catalog.snapshot(REPO, commit("d"), ANONYMOUS)
+    assert len(origin.asked) == 5, "one that alone is too large stays while it is the latest"
+
+
+@pytest.mark.trio
+async def test_a_store_that_fails_stops_nothing(
+    catalog: Catalog, store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.failure = CacheBroken("The disk is gone.")
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(A)
+    assert (await catalog.snapshot(REPO, A, ANONYMOUS)).files
+    assert "The disk is gone." in caplog.text
+
+
+@pytest.mark.trio
+async def test_a_bug_in_an_adapter_ends_the_question_and_not_the_daemon(catalog: Catalog, origin: FakeOrigin) -> None:
+    origin.failure = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        await catalog.resolve(REPO, "main", ANONYMOUS)
+    origin.failure = None
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(A)
+
+
+@pytest.mark.trio
+async def test_askers_are_told_when_the_daemon_stops(origin: FakeOrigin, store: MemoryStore) -> None:
+    origin.hold()
+    async with trio.open_nursery() as daemon, trio.open_nursery() as askers:
+        catalog = Catalog(origin, store, daemon)
+
+        async def ask() -> None:
+            with pytest.raises(Unavailable, match="stopping"):
+                await catalog.resolve(REPO, "main", ANONYMOUS)
+
+        askers.start_soon(ask)
+        await wait_all_tasks_blocked()
+        with trio.CancelScope(shield=True):
+            daemon.cancel_scope.cancel()
+            await wait_all_tasks_blocked()
+
+
+# Who may see what ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated(origin: FakeOrigin) -> FakeOrigin:
+    origin.members[REPO] = {MEMBER}
+    return origin
+
+
+@pytest.mark.trio
+async def test_a_masked_tree_is_given_and_never_stored(
+    catalog: Catalog, gated: FakeOrigin, store: MemoryStore, mock_clock: MockClock
+) -> None:
+    for _ in range(3):
+        masked = await catalog.snapshot(REPO, A, ANONYMOUS)
+        assert all(file.blob is None for file in masked.files.values())
+    denial = catalog.denial(masked, ANONYMOUS)
+    assert denial is not None
+    assert "https://hub.example/org/name" in denial.message
+    assert not store.trees
+    assert len(gated.asked) == 1
+    gated.members[REPO].add(ANONYMOUS)
+    mock_clock.jump(DENIED_S)
+    assert catalog.denial(await catalog.snapshot(REPO, A, ANONYMOUS), ANONYMOUS) is None
+    assert store.trees
+
+
+@pytest.mark.trio
+async def test_a_stored_gated_tree_is_for_those_whom_the_origin_shows_it(
+    catalog: Catalog, gated: FakeOrigin, mock_clock: MockClock
+) -> None:
+    tree = await catalog.snapshot(REPO, A, MEMBER)
+    assert await catalog.snapshot(REPO, A, MEMBER) is tree
+    assert len(gated.asked) == 1
+    other = await catalog.snapshot(REPO, A, STRANGER)
+    assert catalog.denial(other, STRANGER) is not None
+    assert await catalog.snapshot(REPO, A, MEMBER) is tree
+    gated.members[REPO].remove(MEMBER)
+    mock_clock.jump(GRANT_S)
+    assert catalog.denial(await catalog.snapshot(REPO, A, MEMBER), MEMBER) is not None
+
+
+@pytest.mark.trio
+async def test_a_stored_private_tree_is_refused_to_strangers(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore
+) -> None:
+    store.trees[REPO, A] = Snapshot.of(REPO, A, [entry("x")], private=True)
+    origin.failure = Absent("It does not exist, or the token may not see it.")
+    with pytest.raises(Absent):
+        await catalog.snapshot(REPO, A, STRANGER)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.trio
+async def test_without_a_hub_the_owner_goes_on_and_strangers_wait(
+    origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery, offline: bool
+) -> None:
+    catalog = Catalog(origin, store, nursery, offline=offline, owner=MEMBER)
+    stored = store.trees[REPO, A] = Snapshot.of(REPO, A, [entry("x")], gated=True)
+    origin.failure = DOWN
+    assert await catalog.snapshot(REPO, A, MEMBER) == stored
+    for access in (STRANGER, ANONYMOUS):
+        with pytest.raises(Unavailable, match="private or gated, and whether the token in use may read it"):
+            await catalog.snapshot(REPO, A, access)
+
+
+@pytest.mark.trio
+async def test_with_the_real_store(
+    origin: FakeOrigin, nursery: trio.Nursery, tmp_path: Path, mock_clock: MockClock
+) -> None:
+    first = Catalog(origin, MetadataStore(tmp_path), nursery)
+    tree = await first.snapshot(REPO, (await first.resolve(REPO, None, ANONYMOUS)).commit, ANONYMOUS)
+    origin.failure = DOWN
+    later = Catalog(origin, MetadataStore(tmp_path), nursery)
+    found = await later.resolve(REPO, "main", ANONYMOUS)
+    assert (found.commit, found.stale) == (A, True)
+    assert await later.snapshot(REPO, A, ANONYMOUS) == tree
