@@ -21,7 +21,7 @@ def draw(chart: Chart, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.6 + 0.4 * len(chart.bars)), layout="constrained")
+    figure = Figure(figsize=(8, 1.8 + 0.4 * len(chart.bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     labels = [label for label, _ in chart.bars]
@@ -37,5 +37,5 @@ def draw(chart: Chart, path: Path) -> None:
     axes.set_title(chart.title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     if chart.levels:
-        axes.legend(fontsize=8, loc="lower right")
+        figure.legend(fontsize=8, loc="outside lower center", ncols=len(chart.levels))
     figure.savefig(path, dpi=120)

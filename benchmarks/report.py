@@ -41,7 +41,7 @@ class Goal:
 
     def document(self) -> dict[str, object]:
         value = None if math.isnan(self.value) else self.value
-        return {"name": self.name, "value": value, "goal": f"{self.sense} {self.bound:g}", "met": self.met}
+        return {"name": self.name, "value": value, "goal": f"{self.sense} {self.bound:.12g}", "met": self.met}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Report:
         for goal in self.goals:
             verdict = "met" if goal.met else "MISSED"
             lines.append(
-                f"{verdict:6}  {goal.name:{width}}  {format_cell(goal.value)}  (goal {goal.sense} {goal.bound:,g})"
+                f"{verdict:6}  {goal.name:{width}}  {format_cell(goal.value)}  (goal {goal.sense} {goal.bound:,.12g})"
             )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

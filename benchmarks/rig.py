@@ -32,7 +32,7 @@ from typing import Any, Self
 from benchmarks import readers, scratch
 from benchmarks.origin import file_url
 from benchmarks.report import MEGABYTE, ratio
-from benchmarks.sampler import GroupUsage, ProcessUsage, Sampler
+from benchmarks.sampler import GroupUsage, ProcessUsage, Sampler, role
 from manta.config import CacheConfig, Config, DaemonConfig, parse_size
 from manta.control.client import Client
 from manta.errors import Corrupt, Invalid, MantaError, Unavailable
@@ -228,7 +228,8 @@ class Rig:
             usage,
             others_s,
         )
-        say(f"{' '.join(commands[0][-4:])}: {found.seconds:.2f} s, {found.rate / MEGABYTE:.1f} MB/s")
+        rate = f", {found.rate / MEGABYTE:.1f} MB/s" if found.size else ""
+        say(f"{role(commands[0])}: {found.seconds:.2f} s{rate}")
         return found
 
     @contextmanager
@@ -382,7 +383,7 @@ class Rig:
             self._stop(processes)
         usage = {name: sampler.usage(name) for name in groups}
         told = [
-            ProcessUsage(process.pid, " ".join(command[-6:])[-80:], result["cpu_s"], result["rss_peak"])
+            ProcessUsage(process.pid, role(command), result["cpu_s"], result["rss_peak"])
             for process, command, result in zip(processes, commands, results, strict=True)
             if "cpu_s" in result
         ]
@@ -402,8 +403,10 @@ class Rig:
         return result
 
     def _await_idle(self, mount: Mount, deadline: float) -> None:
-        """Until the daemon fetches and digests nothing more: that work belongs to the read that asked for it."""
-        while mount.client.status().transfers:
+        """Until the daemon fetches nothing more and has verified what is complete: that work belongs to the read that caused it."""
+        while mount.client.status().transfers or any(
+            blob.cached == blob.size and not blob.sealed for blob in mount.client.cache().blobs
+        ):
             if time.monotonic() > deadline:
                 raise Unavailable(f"the daemon was still fetching long after the read{self._logs()}")
             time.sleep(0.1)

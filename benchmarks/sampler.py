@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -122,8 +123,9 @@ class Sampler:
                 key, cpu_s, rss_peak, pss = found
                 if first:
                     self._base[key] = cpu_s
-                role = self._seen[name][key].role if key in self._seen[name] else _role(pid)
-                self._seen[name][key] = ProcessUsage(pid, role, cpu_s - self._base.get(key, 0.0), rss_peak)
+                known = self._seen[name].get(key)
+                what = known.role if known else role(_command_line(pid))
+                self._seen[name][key] = ProcessUsage(pid, what, cpu_s - self._base.get(key, 0.0), rss_peak)
                 shares += pss
             self._pss[name] = max(self._pss[name], shares)
 
@@ -167,15 +169,21 @@ def _kib(path: Path, name: str) -> int | None:
     return None
 
 
-def _role(pid: int) -> str:
-    """The interpreter and its options left out: "-m manta.worker" of "/x/python -m manta.worker --fd 5"."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except (FileNotFoundError, ProcessLookupError):
+def role(words: Sequence[str]) -> str:
+    """A command line less the interpreter, its flags and the folders: "-m manta.worker" of "/x/python -S -m manta.worker --fd 5"."""
+    if words and "python" in Path(words[0]).name:
+        words = list(dropwhile(lambda word: word.startswith("-") and word not in {"-m", "-c"}, words[1:]))
+    if not words:
         return ""
-    if "python" in Path(words[0]).name:
-        words = words[1:]
-    return " ".join(words[:3]).strip()[:80]
+    kept = words[:2] if words[0] in {"-m", "-c"} else [Path(words[0]).name, *words[1:2]]
+    return " ".join(" ".join(kept).split())[:80]
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _machine_busy_s() -> float:

@@ -67,7 +67,7 @@ def remove(folder: Path) -> None:
         end(processes(folder))
         for point in reversed(mounts(folder)):
             # Lazily: an aborted mount has no daemon to wait for, and a busy one would keep the folder.
-            subprocess.run(["umount", "--lazy", str(point)], timeout=UMOUNT_TIMEOUT_S, capture_output=True, check=False)
+            _run("umount", "--lazy", str(point))
         if not mounts(folder):  # else rmtree would walk into whatever is still mounted
             shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -90,15 +90,18 @@ def fuse_devices(folder: Path) -> set[int]:
 
 def abort(device: int) -> None:
     """Ends a FUSE connection: every request that waits on it gets an error, and readers in D state can die."""
-    if not any(_CONNECTIONS.iterdir()):
-        subprocess.run(
-            ["mount", "-t", "fusectl", "none", str(_CONNECTIONS)],
-            timeout=UMOUNT_TIMEOUT_S,
-            capture_output=True,
-            check=False,
-        )
+    shown = any(_CONNECTIONS.iterdir())
+    if not shown:
+        _run("mount", "-t", "fusectl", "none", str(_CONNECTIONS))
     with contextlib.suppress(FileNotFoundError):  # it ended by itself
         (_CONNECTIONS / str(device) / "abort").write_text("1")
+    if not shown:
+        _run("umount", str(_CONNECTIONS))
+
+
+def _run(*command: str) -> None:
+    """Without complaint: each of these may find that there is nothing left to do."""
+    subprocess.run(command, timeout=UMOUNT_TIMEOUT_S, capture_output=True, check=False)
 
 
 def processes(folder: Path) -> list[int]:

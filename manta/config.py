@@ -365,18 +365,20 @@ def _choice(*allowed: str) -> _Kind:
 
 _DIRECTORY = _Kind("a directory's path", _read_path)
 _BYTES = _Kind(SIZE_ALLOWED, _read_size)
+_SWITCH = _Kind("true or false", _read_switch)
 
 _KINDS: Mapping[str, _Kind] = {
     "cache.dir": _DIRECTORY,
     "cache.size": _BYTES,
     "cache.free_space_floor": _BYTES,
     "hub.endpoint": _Kind("a URL like https://huggingface.co", _read_url),
-    "hub.offline": _Kind("true or false", _read_switch),
+    "hub.offline": _SWITCH,
     "hub.timeout_s": _seconds(0.1, 600),
     "fetch.workers": _count(1, 16),
     "fetch.connections": _count(1, 64),
     "fetch.stall_s": _seconds(0.1, 600),
     "fetch.read_timeout_s": _seconds(0.1, 3600),
+    "fetch.fill": _SWITCH,
     "fuse.session": _choice("auto", "pyfuse3"),
     "fuse.readahead_kib": _count(4, 1024 * 1024),
     "daemon.runtime_dir": _DIRECTORY,

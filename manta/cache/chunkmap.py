@@ -141,6 +141,7 @@ class ChunkMap:
         self._generation = 0
         self._seed = zlib.crc32(header.encode()[16:72])
         self._fd = -1
+        self._closed = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -371,10 +372,12 @@ class ChunkMap:
             os.fsync(fd)
 
     def close(self) -> None:
-        """Closes the file. The mirror keeps answering; a change opens the file again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Closes the file for good. The mirror still answers; a change raises ValueError: the directory may be another daemon's by then."""
+        with self._lock:
+            self._closed = True
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
     # With the lock held --------------------------------------------------------------------------------------------------
 
@@ -389,6 +392,8 @@ class ChunkMap:
         return self._header.entries_at + chunk * ENTRY_BYTES
 
     def _opened(self) -> int:
+        if self._closed:
+            raise ValueError(f"the chunk map of {self.blob} is closed")
         if self._fd < 0:
             # On demand: a sealed blob's map is never written, and thousands of them may be open.
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)

@@ -56,9 +56,9 @@ def current_boot_id() -> bytes:
 
 
 def scan(layout: Layout) -> Scan:
-    """SLOW: reads every blob's outline (about 36 µs each, from a warm page cache) and removes files that belong to nothing. Raises CacheBroken.
+    """SLOW: reads every blob's outline, about 36 µs each from a warm page cache, and removes files that belong to nothing.
 
-    What one damaged file says never stops it: that blob is dropped, and fetched again when it is asked for.
+    What one damaged file says never stops it: that blob is dropped, and fetched again when it is asked for. Raises CacheBroken.
     """
     found = Scan()
     with disk_errors(layout.blobs, "scanning the cache"):
@@ -74,22 +74,20 @@ def scan(layout: Layout) -> Scan:
 def _scan_folder(folder: Path, found: Scan) -> None:
     names = {entry.name for entry in os.scandir(folder)}
     for name in sorted(names):
-        match blob_of(name.removesuffix(TEMPORARY_SUFFIX)):
-            case None:
-                logger.warning("Left alone what is not Manta's: %s", folder / name)
-            case blob, suffix if suffix == MAP_SUFFIX and f"{blob}{DATA_SUFFIX}" in names and name.endswith(MAP_SUFFIX):
-                try:
-                    _scan_blob(blob, folder, found)
-                except OSError as error:
-                    logger.warning("Cannot read the cached blob %s: %s", folder / name, error.strerror)
-            case blob, suffix if (
-                suffix == DATA_SUFFIX and f"{blob}{MAP_SUFFIX}" in names and name.endswith(DATA_SUFFIX)
-            ):
-                pass  # comes with its map
-            case _, suffix if suffix in {MAP_SUFFIX, DATA_SUFFIX, DOOMED_SUFFIX}:
-                _drop(folder / name, found)
-            case _:
-                logger.warning("Left alone what is not Manta's: %s", folder / name)
+        leftover = name.endswith((TEMPORARY_SUFFIX, DOOMED_SUFFIX))
+        ours = blob_of(name.removesuffix(TEMPORARY_SUFFIX).removesuffix(DOOMED_SUFFIX))
+        if ours is None or ours[1] not in {DATA_SUFFIX, MAP_SUFFIX}:
+            logger.warning("Left alone what is not Manta's: %s", folder / name)
+            continue
+        blob, suffix = ours
+        other = f"{blob}{MAP_SUFFIX if suffix == DATA_SUFFIX else DATA_SUFFIX}"
+        if leftover or other not in names:
+            _drop(folder / name, found)
+        elif suffix == MAP_SUFFIX:
+            try:
+                _scan_blob(blob, folder, found)
+            except OSError as error:
+                logger.warning("Cannot read the cached blob %s: %s", folder / name, error.strerror)
 
 
 def _scan_blob(blob: BlobId, folder: Path, found: Scan) -> None:

@@ -29,6 +29,11 @@ from manta.model.ids import BlobId
 
 logger = logging.getLogger(__name__)
 
+SIZE_MAX = 16 * 1024**4
+"""Bytes in the largest blob: the most that a file on ext4 can have, far more than a hub takes. Its presence takes 2 MiB of memory; the size
+comes from the origin, and memory is taken by it before the disk could refuse.
+"""
+
 
 class Blob:
     """One blob that is open. Everyone who opens it gets the same object, and closes it once.
@@ -150,15 +155,18 @@ class Blob:
             if self.sealed:
                 return
             generation = self.generation if generation is None else generation
+            fd = self.fd
             try:
-                os.fdatasync(self._fd)
+                os.fdatasync(fd)
             except OSError as error:
                 # After a failed sync the kernel calls the pages clean although the disk does not have them: later reads could be wrong.
                 with suppress(MantaError):
                     self.discard(f"the disk did not take it ({error.strerror})")
                 raise disk_error(error, self.path, "sealing a blob") from error
-            self._map.mark_sealed(generation)
-            self._note()
+            try:
+                self._map.mark_sealed(generation)
+            finally:
+                self._note()
             with disk_errors(self.path, "sealing a blob"):
                 fsync_directory(self.path.parent)
                 fsync_directory(self.path.parent.parent)
@@ -246,6 +254,8 @@ class Store:
         The first to open it pays for a few system calls and the reading of its map. Raises Corrupt where the cache has it open or sealed
         with another size, NoSpace and CacheBroken; then nothing of it is left behind.
         """
+        if not 0 <= size <= SIZE_MAX:
+            raise Corrupt(f"The origin says that {blob} has {size} bytes; no file can have that. Ask it again.")
         with self._lock:
             opened = self._open.get(blob)
             known = self._inventory.find(blob)
@@ -286,7 +296,10 @@ class Store:
         return known.cached
 
     def close(self) -> None:
-        """Closes what is open and gives the directory free. Everything recorded stays. Does nothing the second time."""
+        """Closes what is open, whoever holds it, and gives the directory free. Everything recorded stays. Does nothing the second time.
+
+        Work in threads has ended before; what has not gets ValueError and changes nothing any more.
+        """
         with self._lock:
             for blob in list(self._open.values()):
                 blob._holders = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from manta.cli.render import Console
 from manta.config import Config, Loaded, check_key, find_token, load
-from manta.errors import Invalid, InUse
+from manta.errors import InUse, Invalid
 
 if TYPE_CHECKING:
     from manta.control.client import Client
@@ -65,25 +65,24 @@ class Invocation:
 
         return connect(self.config)
 
-    def ensure_daemon(self) -> Client:
-        """The daemon's client; it is started when none runs."""
-        from manta.control.client import ensure_daemon
-
-        client = ensure_daemon(self.config)
+    def check_daemon(self, client: Client) -> Status:
+        """Its status, after making sure that it takes its bytes from where this command was told to. Raises InUse."""
+        status = client.status()
+        self.check_origin(status)
         if client.launched:
-            self.console.note(f"started a daemon; its log is {self.config.log_path}")
-        else:
-            ignored = [
-                str(origin)
-                for key, origin in self.loaded.origins.items()
-                if origin.kind == "flag" and key not in _ADDRESSING
-            ]
-            if ignored:
-                self.console.warn(
-                    f"the daemon of {self.config.cache.dir} was already running and keeps its own settings:"
-                    f" {', '.join(ignored)} has no effect until it is started anew."
-                )
-        return client
+            self.console.note(f"started a daemon (pid {status.pid}); its log is {self.config.log_path}")
+            return status
+        ignored = [
+            str(origin)
+            for key, origin in self.loaded.origins.items()
+            if origin.kind == "flag" and key not in _ADDRESSING
+        ]
+        if ignored:
+            self.console.warn(
+                f"the daemon of {self.config.cache.dir} was already running and keeps its own settings:"
+                f" {', '.join(ignored)} has no effect until it is started anew"
+            )
+        return status
 
     def check_origin(self, status: Status) -> None:
         """Raises InUse when the running daemon takes its bytes from elsewhere than this command was told to."""

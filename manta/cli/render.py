@@ -124,6 +124,10 @@ class Console:
         if self.as_json:
             print(json.dumps(value, ensure_ascii=False, default=_plain), file=self._out)
 
+    def flush(self) -> None:
+        """For what runs on after it has said something: a reader of the pipe must not wait for more."""
+        self._out.flush()
+
     def progress(self, what: str) -> Progress:
         shown = self.verbosity >= 0 and not self.as_json
         return Progress(what, self._err if shown else None, self._clock)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -249,6 +249,20 @@ def ensure_daemon(config: Config, *, deadline_s: float = START_S) -> Client:
                     raise
             else:
                 return Client(config.socket_path, launched=True)
+        time.sleep(RETRY_S)
+
+
+def with_daemon(config: Config, ask: Callable[[Client], _Answer], *, deadline_s: float = START_S) -> _Answer:
+    """What `ask` returns. An ephemeral daemon may leave between being found and being asked: then the next one is asked."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        client = ensure_daemon(config, deadline_s=max(RETRY_S, deadline - time.monotonic()))
+        try:
+            return ask(client)
+        except (NotRunning, Unavailable) as error:
+            leaving = isinstance(error, NotRunning) or "shutting down" in error.message
+            if not leaving or time.monotonic() >= deadline:
+                raise
         time.sleep(RETRY_S)
 
 

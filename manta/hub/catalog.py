@@ -56,6 +56,9 @@ TREE_DEADLINES = 5
 """The deadline of a whole tree, in deadlines of one question: a tree of 10,000 entries is ten questions of a fraction of a second each, and
 the largest is 200."""
 
+BACKSTOP_S = 2.0
+"""How much longer than `timeout_s` an adapter is waited for: it keeps that deadline itself, and knows better what went wrong."""
+
 DISK_S = 5.0
 """How long the store is waited for. Its files take milliseconds; a disk that takes longer must not keep answers from readers."""
 
@@ -111,8 +114,8 @@ class Metadata(Protocol):
 class Catalog:
     """See the module. `owner` is the daemon's own access; `clock` gives seconds since the epoch for what is stored.
 
-    Its methods raise what `manta.hub.origin.Origin` says, within `timeout_s` for a revision and TREE_DEADLINES times that for a tree, and
-    what the store takes, DISK_S at most.
+    Its methods raise what `manta.hub.origin.Origin` says, within `timeout_s` (that of the origin's own questions) for a revision and
+    TREE_DEADLINES times that for a tree, plus BACKSTOP_S, and DISK_S for each use of the store.
     """
 
     def __init__(
@@ -145,49 +148,48 @@ class Catalog:
     # Revisions -------------------------------------------------------------------------------------------------------
 
     async def resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolution:
-        """The commit that `revision` (None: the default branch) names now, by the origin's word where it can be asked.
+        """The commit that `revision` names now, by the origin's word where it can be asked. None is the default branch, which is "main".
 
         A commit whose tree is stored is taken as it is. Where the origin cannot be asked: the commit it named last, as stale.
         """
-        return await self._shared(("ref", repo, revision, access), lambda: self._resolve(repo, revision, access))
+        name = revision or DEFAULT_REVISION
+        return await self._shared(("ref", repo, name, access), lambda: self._resolve(repo, name, access))
 
     async def current(self, repo: RepoId, revision: str | None, access: Access) -> Resolution:
         """As `resolve`, and content with an answer up to CURRENT_S old: for what is looked at again and again."""
-        known = self._resolutions.get((repo, revision, access))
+        known = self._resolutions.get(("ref", repo, revision or DEFAULT_REVISION, access))
         return known if known is not None else await self.resolve(repo, revision, access)
 
-    async def _resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolution:
-        if revision is not None and is_commit(revision) and await self._known_tree(repo, Commit(revision)) is not None:
+    async def _resolve(self, repo: RepoId, revision: str, access: Access) -> Resolution:
+        if is_commit(revision) and await self._known_tree(repo, Commit(revision)) is not None:
             return Resolution(Commit(revision))
-        key = (repo, revision, access)
+        key = ("ref", repo, revision, access)
         recent = self._resolutions.get(key)
         if recent is not None and recent.stale:
             return recent
+        subject = f"{repo}@{revision[:12] if is_commit(revision) else revision}"
         if self._offline:
-            stale = await self._remembered(
-                repo, revision, self._offline_error(f"{repo}@{revision or DEFAULT_REVISION}")
-            )
+            stale = await self._remembered(repo, revision, self._offline_error(subject))
             self._resolutions.put(key, stale, CURRENT_S)
             return stale
         try:
             resolved = await self._ask(
-                key, self._timeout_s, lambda: self._origin.resolve(repo, revision, access), f"{repo}@{revision}"
+                key, self._timeout_s, lambda: self._origin.resolve(repo, revision, access), subject
             )
         except Unavailable as error:
             stale = await self._remembered(repo, revision, error)
             self._resolutions.put(key, stale, _believed_s(error))
             return stale
-        resolution = Resolution(resolved.commit)
-        name, now = revision or DEFAULT_REVISION, self._clock()
-        if not is_commit(name) and self._noted.get((repo, name)) != resolved.commit:
-            await self._on_disk(lambda: self._store.save_ref(repo, name, resolved.commit, now))
-            self._noted.put((repo, name), resolved.commit, NOTED_S)
+        resolution, now = Resolution(resolved.commit), self._clock()
+        if not is_commit(revision) and self._noted.get((repo, revision)) != resolved.commit:
+            await self._on_disk(lambda: self._store.save_ref(repo, revision, resolved.commit, now))
+            self._noted.put((repo, revision), resolved.commit, NOTED_S)
         self._resolutions.put(key, resolution, CURRENT_S)
         return resolution
 
-    async def _remembered(self, repo: RepoId, revision: str | None, why: Unavailable) -> Resolution:
+    async def _remembered(self, repo: RepoId, revision: str, why: Unavailable) -> Resolution:
         """What the store knows of `revision`; raises `why` where that is nothing."""
-        ref = await self._on_disk(lambda: self._store.ref(repo, revision or DEFAULT_REVISION))
+        ref = await self._on_disk(lambda: self._store.ref(repo, revision))
         if ref is None:
             raise why
         return Resolution(ref[0], stale=True, reason=why.message)
@@ -211,7 +213,7 @@ class Catalog:
         known = await self._known_tree(repo, commit)
         if known is not None and self._may_see(known, access):
             return known
-        key = (repo, commit, access)
+        key = ("tree", repo, commit, access)
         masked = self._masked.get(key)
         if masked is not None:
             return masked
@@ -236,9 +238,10 @@ class Catalog:
             self._masked.put(key, shown, DENIED_S)
             return shown
         self._grants.put((repo, access), True, GRANT_S)
-        if known is None:
-            await self._on_disk(lambda: self._store.save_snapshot(shown))
-            self._trees.put(shown)
+        if known is not None and (known.gated, known.private) == (shown.gated, shown.private):
+            return known
+        await self._on_disk(lambda: self._store.save_snapshot(shown))
+        self._trees.put(shown)
         return shown
 
     async def _listed(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
@@ -265,7 +268,7 @@ class Catalog:
         if refused is not None:
             raise _again(refused)
         try:
-            with trio.fail_after(timeout_s):
+            with trio.fail_after(timeout_s + BACKSTOP_S):
                 return await ask()
         except trio.TooSlowError:
             error: MantaError = Unavailable(
@@ -288,9 +291,11 @@ class Catalog:
         try:
             with trio.fail_after(DISK_S):
                 return await trio.to_thread.run_sync(work, limiter=self._disk, abandon_on_cancel=True)
-        except (MantaError, OSError, trio.TooSlowError) as error:
-            log.warning("the stored metadata could not be used: %s", error or "the disk did not answer in time")
-            return None
+        except trio.TooSlowError:
+            log.warning("the stored metadata could not be used: the disk did not answer within %.0f s", DISK_S)
+        except (MantaError, OSError) as error:
+            log.warning("the stored metadata could not be used: %s", error)
+        return None
 
     async def _shared(self, key: Hashable, ask: Callable[[], Awaitable[T]]) -> T:
         """The outcome of `ask`, which runs once for all who want it at the same time and goes on when they go."""

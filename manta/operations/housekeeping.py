@@ -12,7 +12,7 @@ import trio
 from manta.cache.inventory import BlobInfo
 from manta.cache.metadata import MetadataStore
 from manta.cache.pins import Pins
-from manta.cache.policy import oldest, victims
+from manta.cache.policy import excess, oldest, victims
 from manta.cache.store import Store
 from manta.config import CacheConfig
 from manta.control.protocol import Blob, CacheListing, Removal
@@ -179,6 +179,9 @@ class Housekeeping:
         while True:
             await trio.sleep(LOOK_SECONDS)
             try:
+                free, floor = self._store.disk_free(), self._config.free_space_floor
+                if not excess(self._store.cached_bytes, self._config.size, free, floor):
+                    continue
                 removal = await self.collect(-1, dry_run=False)
             except MantaError as e:
                 log.warning("the cache could not be looked after: %s", e.message)

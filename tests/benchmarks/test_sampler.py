@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks import sampler
-from benchmarks.sampler import Sampler, descendants
+from benchmarks.sampler import Sampler, descendants, role
 
 BUSY = """
 import sys, time
@@ -116,3 +116,17 @@ def test_a_process_that_is_not_there_is_nothing() -> None:
         pass
     assert watching.usage("none").processes == []
     assert watching.others_cpu_s >= 0
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["/x/bin/python3", "-S", "-E", "/y/readers.py", "random", "/z"], "readers.py random"),
+        (["/x/bin/python", "-m", "manta.worker", "--fd", "5"], "-m manta.worker"),
+        (["/usr/bin/curl", "--silent", "http://x"], "curl --silent"),
+        (["python"], ""),
+        ([], ""),
+    ],
+)
+def test_the_role_is_what_tells_processes_apart(words: list[str], shown: str) -> None:
+    assert role(words) == shown

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from manta.cache.digests import chunk_digest
 from manta.cache.recovery import settle_doubtful
-from manta.cache.store import Blob, Store
+from manta.cache.store import SIZE_MAX, Blob, Store
 from manta.errors import Absent, CacheBroken, Corrupt, InUse, Invalid, NoSpace
 from manta.model.extents import Extent
 from tests.cache.conftest import BOOT, CHUNK, NEXT_BOOT, blob_id, content, fetch
@@ -67,9 +67,9 @@ def bytes_of(blob: Blob) -> bytes:
 
 
 def test_a_new_blob_is_a_sparse_file_of_which_everything_is_missing(store: Store) -> None:
-    with store.open_blob(BLOB, 1 << 40) as blob:
+    with store.open_blob(BLOB, 1 << 20) as blob:
         status = os.fstat(blob.fd)
-        assert status.st_size == 1 << 40
+        assert status.st_size == 1 << 20
         assert status.st_blocks == 0
     with store.open_blob(blob_id(b"x"), 1000) as blob:
         assert blob.missing(ALL) == list(range(16))
@@ -277,7 +277,7 @@ def test_free_space_is_that_of_the_disk(small_disk: Path, open_store: Opener) ->
 
 def test_threads_may_verify_seal_and_remove_beside_the_trio_thread(store: Store) -> None:
     """Totals stay exact while several threads change several blobs, one of them shared."""
-    datas = [content(1000, seed) for seed in range(4)]
+    datas = [content(1000, seed) for seed in range(1, 5)]
     failures: list[BaseException] = []
     shared = store.open_blob(BLOB, 1000)
 
@@ -464,12 +464,18 @@ def test_a_full_disk_is_no_space_and_what_is_cached_stays_usable(small_disk: Pat
 def test_a_read_only_disk_is_a_broken_cache(small_disk: Path, open_store: Opener) -> None:
     store = open_store(directory=small_disk / "cache")
     store.open_blob(BLOB, 1000).close()
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for doomed in (BLOB, blob_id(b"other")):
+    blobs = store.layout.blobs
+    subprocess.run(["mount", "--bind", blobs, blobs], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", blobs], check=True)
+        for doomed in (BLOB, blob_id(b"other")):
+            with pytest.raises(CacheBroken, match="Read-only file system"):
+                store.open_blob(doomed, 1000)
         with pytest.raises(CacheBroken, match="Read-only file system"):
-            store.open_blob(doomed, 1000)
-    with pytest.raises(CacheBroken, match="Read-only file system"):
-        store.remove(BLOB)
+            store.remove(BLOB)
+    finally:
+        subprocess.run(["umount", blobs], check=True)
+    store.open_blob(BLOB, 1000).close()
 
 
 def test_a_vanished_directory_is_a_broken_cache_and_open_blobs_still_read(store: Store) -> None:
@@ -512,6 +518,31 @@ def test_data_that_the_disk_did_not_take_is_never_read_again(store: Store, monke
         monkeypatch.undo()
         fetch(blob, DATA)
         blob.seal()
+
+
+def test_work_that_outlives_the_store_changes_nothing(store: Store, open_store: Opener) -> None:
+    blob = store.open_blob(BLOB, 1000)
+    fetch(blob, DATA)
+    store.close()
+    with pytest.raises(ValueError, match="closed"):
+        blob.seal()
+    with pytest.raises(ValueError, match="closed"):
+        blob.clear(0)
+    with pytest.raises(ValueError, match="closed"):
+        blob.discard("late")
+    with pytest.raises(ValueError, match="closed"):
+        blob.record(0, b"late" * 4)
+    with open_store() as again, again.open_blob(BLOB, 1000) as blob:
+        assert blob.complete
+        assert not blob.sealed
+
+
+@pytest.mark.parametrize("size", [-1, SIZE_MAX + 1])
+def test_an_impossible_size_is_refused_and_leaves_nothing(store: Store, size: int) -> None:
+    with pytest.raises(Corrupt, match="no file can have that"):
+        store.open_blob(BLOB, size)
+    assert store.listing() == []
+    assert [p for p in store.layout.blobs.rglob("*") if p.is_file()] == []
 
 
 def test_descriptors_run_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

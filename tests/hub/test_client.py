@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from huggingface_hub import get_session, set_client_factory
+from huggingface_hub import close_session, get_session, set_client_factory
 
 from manta.hub import client
 from manta.hub.client import Broken, Exchange, Refused, exchange
@@ -171,6 +171,17 @@ def test_cookies_do_not_travel_from_one_user_to_the_next(hub: ScriptedHub) -> No
     get(f"{hub.url}/x", bounds(hub.url), "hf_first")
     get(f"{hub.url}/x", bounds(hub.url), "hf_second")
     assert "cookie" not in hub.asked[1].headers
+
+
+def test_the_proxies_of_the_environment_are_used(hub: ScriptedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.answer = lambda _: Answer(200, b"through the proxy")
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    close_session()
+    try:
+        assert get("http://hub.example/x", bounds("http://hub.example")) == b"through the proxy"
+    finally:
+        close_session()
+    assert hub.asked[0].path == "http://hub.example/x"
 
 
 def test_a_client_that_another_library_set_is_replaced(hub: ScriptedHub) -> None:

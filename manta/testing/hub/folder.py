@@ -136,6 +136,7 @@ class FolderSource:
         self._known: dict[Key, _Known] = {}
         self._found: dict[Key, str] = {}
         self._found_at = float("-inf")
+        self._looking = asyncio.Lock()
 
     async def refresh(self, route: Route) -> None:
         """Bring what a request is about up to date; a repo not hashed yet is hashed first."""
@@ -156,9 +157,10 @@ class FolderSource:
             await self._refresh_repo(key)
 
     async def _look_around(self) -> None:
-        if time.monotonic() - self._found_at >= self._rescan_s:
-            self._found_at = time.monotonic()
-            self._found = await asyncio.to_thread(find_repos, self._directory)
+        async with self._looking:  # who comes meanwhile waits for what is found, and does not look again
+            if time.monotonic() - self._found_at >= self._rescan_s:
+                self._found = await asyncio.to_thread(find_repos, self._directory)
+                self._found_at = time.monotonic()
 
     async def _refresh_repo(self, key: Key) -> None:
         known = self._known.setdefault(key, _Known(asyncio.Lock()))

@@ -258,18 +258,18 @@ class Repository:
     deleted: bool = False
     # Names that a spec gave its commits, so that tests can say "second" and not a sha.
     named: dict[str, str] = field(default_factory=dict)
+    # What stands for the repo in CDN paths, as on the Hub: a digest that a rename leaves alone.
+    key: str = ""
     # LFS objects by sha256, under each path that ever had them: the newest blob serves.
     _lfs: dict[str, dict[str, Blob]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.key = self.key or hashlib.sha256(f"{self.type}:{self.id}".encode()).hexdigest()
 
     @property
     def namespace(self) -> str:
         """The owner's name; empty for repos without one (gpt2)."""
         return self.id.rpartition("/")[0]
-
-    @property
-    def key(self) -> str:
-        """What stands for the repo in CDN paths, as the real CDN's: a digest, not the name."""
-        return hashlib.sha256(f"{self.type}:{self.id}".encode()).hexdigest()
 
     def add(self, commit: Commit, *, branch: str = "") -> None:
         """Record a commit and, if given, move `branch` to it."""

@@ -64,6 +64,8 @@ def fetch(
 def _hub() -> Iterator[HubProcess]:
     with HubProcess(standard_spec()) as hub:
         yield hub
+        # Whatever the tests did to it, the hub never failed in a way it did not plan.
+        assert hub.stderr() == ""
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""`manta status`: what one daemon serves, fetches and complains about. `manta config`: the settings in effect and their origins."""
+
+from __future__ import annotations
+
+import time
+
+from manta.cli.invocation import Invocation
+from manta.cli.render import Console, duration, plural, rate, share, size, table
+from manta.config import allowed, items, variable
+from manta.control.protocol import FileTransfer, Mount, Status
+
+TRANSFERS_SHOWN = 10
+
+
+def status(invocation: Invocation) -> int:
+    console = invocation.console
+    seen = invocation.connect().status()
+    console.document(seen)
+    _say_daemon(console, seen)
+    _say_mounts(console, seen.mounts)
+    _say_transfers(console, seen.transfers)
+    if seen.errors:
+        console.say("", "LATEST ERRORS", *(f"  {sentence}" for sentence in seen.errors))
+    return 0
+
+
+def _say_daemon(console: Console, seen: Status) -> None:
+    limit = f" of {size(seen.cache_limit)}" if seen.cache_limit else ""
+    leaves = ", ends with its last mount" if seen.ephemeral else ""
+    up = duration(max(0.0, time.time() - seen.started))
+    workers = plural(seen.workers, "worker")
+    console.say(
+        f"daemon   {seen.version}, pid {seen.pid}, up {up}, {workers}, fuse session {seen.fuse}{leaves}",
+        f"hub      {seen.endpoint}{' (offline: only what is cached)' if seen.offline else ''}",
+        f"cache    {seen.cache_dir}: {size(seen.cache_bytes)}{limit}, {size(seen.disk_free)} free on its disk",
+        f"origin   {rate(seen.origin_rate)} now, {size(seen.origin_bytes)} since the daemon started",
+        f"readers  {size(seen.read_bytes)} since the daemon started, beside what the kernel's page cache served",
+    )
+
+
+def _say_mounts(console: Console, mounts: list[Mount]) -> None:
+    if not mounts:
+        console.say("", "Nothing is mounted. `manta mount ORG/NAME DIR` mounts a repo.")
+        return
+    rows = [
+        (
+            mount.directory,
+            mount.target or "(whole hub)",
+            f"{mount.commit[:12] or '-'}{' (stale)' if mount.stale else ''}",
+            mount.view,
+            str(mount.files),
+            f"{size(mount.cached)} of {size(mount.size)}",
+            share(mount.cached, mount.size),
+        )
+        for mount in mounts
+    ]
+    console.say("", *table(("MOUNTED ON", "TARGET", "COMMIT", "VIEW", ">FILES", ">CACHED", ">"), rows))
+    for mount in mounts:
+        if mount.errors:
+            console.say("", f"READS THAT FAILED IN {mount.directory}", *(f"  {sentence}" for sentence in mount.errors))
+
+
+def _say_transfers(console: Console, transfers: list[FileTransfer]) -> None:
+    if not transfers:
+        return
+    shown = transfers if console.verbosity >= 1 else transfers[:TRANSFERS_SHOWN]
+    rows = [
+        (transfer.name, f"{size(transfer.cached)} of {size(transfer.size)}", share(transfer.cached, transfer.size))
+        for transfer in shown
+    ]
+    console.say("", *table(("FETCHING", ">CACHED", ">"), rows))
+    if len(shown) < len(transfers):
+        console.say(f"and {len(transfers) - len(shown)} more (--verbose shows all)")
+
+
+def config(invocation: Invocation) -> int:
+    loaded, console = invocation.loaded, invocation.console
+    console.document(
+        {
+            key: {
+                "value": value if isinstance(value, bool | int | float) else str(value),
+                "origin": loaded.origins[key].kind,
+                "from": loaded.origins[key].name,
+                "variable": variable(key),
+                "allowed": allowed(key),
+            }
+            for key, value in items(loaded.config)
+        }
+    )
+    rows = [
+        (key, str(value).lower() if isinstance(value, bool) else str(value), str(loaded.origins[key]), variable(key))
+        for key, value in items(loaded.config)
+    ]
+    console.say(*table(("SETTING", "VALUE", "FROM", "VARIABLE"), rows))
+    return 0

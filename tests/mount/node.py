@@ -1,0 +1,211 @@
+"""A node for tests: one cache, one runtime directory, the real `manta` commands, and nothing left behind. Here and only here.
+
+The test process never touches a mount itself: whatever reads one is a child with a timeout, and what is wedged is detached and aborted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from manta.control.binding import mounts, unbind
+from manta.errors import MantaError
+
+TIMEOUT_S = 60.0
+
+
+def needs_fuse() -> str:
+    """Why this machine cannot run the mount suite; empty where it can."""
+    if os.geteuid() != 0:
+        return "mounting needs root here"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as e:
+        return f"/dev/fuse cannot be opened: {e.strerror}"
+    return ""
+
+
+class Node:
+    """``with Node(hub.endpoint) as node: directory = node.mount("org/name")``."""
+
+    def __init__(self, endpoint: str, environment: Mapping[str, str] | None = None) -> None:
+        # Short: the control socket's path has 107 bytes.
+        self._scratch = tempfile.TemporaryDirectory(prefix="manta-test-", ignore_cleanup_errors=True)
+        self.path = Path(self._scratch.name)
+        self.cache = self.path / "cache"
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.path / "home"),
+            "HF_HOME": str(self.path / "home/hf"),
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "MANTA_CACHE_DIR": str(self.cache),
+            "MANTA_DAEMON_RUNTIME_DIR": str(self.path / "run"),
+            "MANTA_CONFIG": "/dev/null",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            **(environment or {}),
+        }
+        self._directories = 0
+
+    def __enter__(self) -> Self:
+        (self.path / "home").mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.unmount_all()
+        finally:
+            left = [e.directory for e in mounts() if e.directory.startswith(f"{self.path}/")]
+            alive = self.processes()
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            for directory in reversed(left):
+                unbind(directory, lazy=True)
+            self._scratch.cleanup()
+        # Said after the cleaning, so that a test that leaves something fails and the machine is clean all the same.
+        assert not left, f"left mounted: {left}"
+        assert not alive, f"left running: {alive}"
+
+    # Commands --------------------------------------------------------------------------------------------------------
+
+    def manta(
+        self, *arguments: str, code: int | None = 0, timeout_s: float = TIMEOUT_S, token: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs ``manta ARGUMENTS`` and checks its exit code (None: any)."""
+        done = subprocess.run(
+            [sys.executable, "-m", "manta", *arguments],
+            env=self.environment | ({"HF_TOKEN": token} if token else {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        if code is not None:
+            assert done.returncode == code, (
+                f"manta {arguments} ended with {done.returncode}: {done.stdout}{done.stderr}{self.log()}"
+            )
+        return done
+
+    def mount(self, *arguments: str, token: str = "") -> Path:
+        """Mounts at a fresh directory and returns it."""
+        directory = self.directory()
+        self.manta("mount", *arguments, str(directory), token=token)
+        return directory
+
+    def directory(self) -> Path:
+        """A fresh empty directory to mount on."""
+        self._directories += 1
+        directory = self.path / f"mnt{self._directories}"
+        directory.mkdir()
+        return directory
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.manta(*arguments, "--json").stdout)
+
+    def status(self) -> Any:
+        return self.json("status")
+
+    def unmount_all(self) -> None:
+        """Unmounts what is mounted and waits for the daemon to leave, as it does by itself."""
+        for entry in reversed(mounts()):
+            if entry.directory.startswith(f"{self.path}/mnt"):
+                try:
+                    unbind(entry.directory)
+                except MantaError:
+                    unbind(entry.directory, lazy=True)
+        for pid in self.processes():
+            wait_for_end(pid)
+
+    # Processes -------------------------------------------------------------------------------------------------------
+
+    def processes(self) -> list[int]:
+        """The daemon and its workers, told by their environment, which names our runtime directory."""
+        mark = f"MANTA_DAEMON_RUNTIME_DIR={self.path}/run".encode()
+        found = []
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit() and int(process.name) != os.getpid():
+                try:
+                    if mark in (process / "environ").read_bytes().split(b"\0"):
+                        found.append(int(process.name))
+                except OSError:
+                    continue
+        return found
+
+    def daemon(self) -> int:
+        return int(self.status()["pid"])
+
+    def workers(self) -> list[int]:
+        children = Path(f"/proc/{self.daemon()}/task/{self.daemon()}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def log(self) -> str:
+        """The daemon's log, for the message of a test that failed."""
+        return "".join(path.read_text(errors="replace")[-4000:] for path in (self.path / "run").glob("*/daemon.log"))
+
+
+def wait_for_end(pid: int, timeout_s: float = 15.0) -> None:
+    """Waits for the end of a process that may not be our child. Raises TimeoutError."""
+    import select
+
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        ready, _, _ = select.select([fd], [], [], timeout_s)
+    finally:
+        os.close(fd)
+    if not ready:
+        raise TimeoutError(f"process {pid} did not end within {timeout_s} s")
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Polls for what another process does, for which there is nothing to wait on. Raises TimeoutError."""
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not come true in time")
+        time.sleep(0.05)
+
+
+def run(script: str, *arguments: object, timeout_s: float = TIMEOUT_S, code: int | None = 0) -> str:
+    """Runs a shell script in a child, with `arguments` as $1, $2 ...; returns what it printed."""
+    done = subprocess.run(
+        ["bash", "-c", script, "test", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
+        cwd="/",
+    )
+    if code is not None:
+        assert done.returncode == code, f"{script!r} ended with {done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def python(script: str, *arguments: object, timeout_s: float = TIMEOUT_S, env: Mapping[str, str] | None = None) -> Any:
+    """Runs a Python script in a child, with `arguments` as sys.argv[1:]; returns what it printed last, read as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env=env,
+        cwd="/",
+    )
+    assert done.returncode == 0, f"{script!r} ended with {done.returncode}: {done.stdout}{done.stderr}"
+    lines = done.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if lines else None
