@@ -170,12 +170,12 @@ def _kib(path: Path, name: str) -> int | None:
 
 
 def role(words: Sequence[str]) -> str:
-    """A command line less the interpreter, its flags and the folders: "-m manta.worker" of "/x/python -S -m manta.worker --fd 5"."""
+    """A command line less the interpreter, flags and folders: "manta.worker fetch" of "/x/python -S -m manta.worker fetch 13"."""
     if words and "python" in Path(words[0]).name:
-        words = list(dropwhile(lambda word: word.startswith("-") and word not in {"-m", "-c"}, words[1:]))
+        words = list(dropwhile(lambda word: word.startswith("-") and word != "-c", words[1:]))
     if not words:
         return ""
-    kept = words[:2] if words[0] in {"-m", "-c"} else [Path(words[0]).name, *words[1:2]]
+    kept = [Path(words[0]).name, *(word for word in words[1:2] if words[0] == "-c" or not word.startswith("-"))]
     return " ".join(" ".join(kept).split())[:80]
 
 

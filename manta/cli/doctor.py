@@ -67,6 +67,7 @@ class Machine:
     proc_status: Path = Path("/proc/self/status")
     release: str = field(default_factory=lambda: os.uname().release)
     user_id: int = field(default_factory=os.geteuid)
+    python: tuple[int, ...] = sys.version_info[:3]
 
 
 def doctor(invocation: Invocation) -> int:
@@ -114,9 +115,9 @@ def _sources(loaded: Loaded) -> str:
 # The machine ---------------------------------------------------------------------------------------------------------
 
 
-def _python(_: Machine) -> Check:
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
+def _python(machine: Machine) -> Check:
+    version = ".".join(map(str, machine.python))
+    if machine.python < (3, 11):
         return Check("python", "fail", version, "Manta needs Python 3.11 or newer.")
     return Check("python", "ok", f"{version} ({sys.executable})")
 
@@ -210,9 +211,9 @@ def _open_files(_: Machine) -> Check:
 
 
 def _stale_mounts(_: Machine) -> Check:
-    ours = [entry for entry in mounts() if entry.is_manta]
-    dead = [entry.directory for entry in ours if probe(entry.directory) is Answer.DEAD]
-    silent = [entry.directory for entry in ours if entry.directory not in dead and _is_silent(entry.directory)]
+    ours = {entry.directory: probe(entry.directory) for entry in mounts() if entry.is_manta}
+    dead = [directory for directory, answer in ours.items() if answer is Answer.DEAD]
+    silent = [directory for directory, answer in ours.items() if answer is Answer.SILENT]
     if dead:
         advice = f"Free them: manta umount {dead[0]}. (A new daemon of the same cache directory does so too.)"
         return Check("mounts", "warn", f"{len(dead)} of {len(ours)} have no daemon any more: {', '.join(dead)}", advice)
@@ -350,10 +351,6 @@ def _ask_hub(endpoint: str, token: str) -> tuple[int, bytes]:
     except HTTPError as error:
         with error:
             return error.code, b""
-
-
-def _is_silent(directory: str) -> bool:
-    return probe(directory) is Answer.SILENT
 
 
 def _filesystem(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
@@ -34,37 +35,51 @@ WATCH_S = 2.0
 
 def mount(invocation: Invocation) -> int:
     arguments = invocation.arguments
-    *target_given, directory_given = arguments.places
-    if len(target_given) > 1:
-        raise Invalid("Too many arguments: expected `manta mount TARGET DIR`, or `manta mount DIR` for the whole hub.")
-    target = target_text(target_given[0] if target_given else "", arguments.revision)
-    directory = locate(directory_given)
+    target = target_text(arguments.target or "", arguments.revision)
+    directory = locate(arguments.directory)
+    request = MountRequest(target, directory, arguments.view, invocation.token())
     with ExitStack() as undo:
-        made = prepare_directory(directory, invocation.config, nonempty=arguments.nonempty)
-        if made:
-            undo.callback(_remove_directory, directory)
-        token = invocation.token()
-
-        def ask(client: Client) -> tuple[Client, Mount]:
-            invocation.check_daemon(client)
-            return client, client.mount(MountRequest(target, directory, arguments.view, token))
-
-        client, mounted = with_daemon(invocation.config, ask)
-        undo.callback(_give_up, client, mounted)
-        if mounted.source != directory:
-            bind(mounted.source, directory)
-            undo.callback(_unbind_quietly, mounted_at(directory))
-            mounted = client.bound(mounted.id, directory)
-        if probe(directory) is not Answer.ALIVE:
-            raise Unavailable(
-                f"{directory} was mounted and does not answer, so it was unmounted again;"
-                f" the daemon's log is {invocation.config.log_path}."
-            )
+        client, mounted = establish(
+            undo, invocation.config, request, check=invocation.check_daemon, nonempty=arguments.nonempty
+        )
         _tell(invocation, mounted)
         if arguments.foreground:
             return _stay(invocation, client, mounted)  # leaving the block unmounts
         undo.pop_all()
     return 0
+
+
+def establish(
+    undo: ExitStack,
+    config: Config,
+    request: MountRequest,
+    *,
+    check: Callable[[Client], object] = Client.status,
+    nonempty: bool = False,
+) -> tuple[Client, Mount]:
+    """A mount that answers, on `request.directory` (see `locate`). `undo` takes it away again, also when this fails halfway.
+
+    `check` may refuse the daemon before it is asked for the mount.
+    """
+    directory = request.directory
+    if prepare_directory(directory, config, nonempty=nonempty):
+        undo.callback(_remove_directory, directory)
+
+    def ask(client: Client) -> tuple[Client, Mount]:
+        check(client)
+        return client, client.mount(request)
+
+    client, mounted = with_daemon(config, ask)
+    undo.callback(_give_up, client, mounted)
+    if mounted.source != directory:
+        bind(mounted.source, directory)
+        undo.callback(_unbind_quietly, mounted_at(directory))
+        mounted = client.bound(mounted.id, directory)
+    if probe(directory) is not Answer.ALIVE:
+        raise Unavailable(
+            f"{directory} was mounted and does not answer, so it was unmounted again; the daemon's log is {config.log_path}."
+        )
+    return client, mounted
 
 
 def target_text(target: str, revision: str | None) -> str:

@@ -50,7 +50,7 @@ def _say_mounts(console: Console, mounts: list[Mount]) -> None:
             mount.view,
             str(mount.files),
             f"{size(mount.cached)} of {size(mount.size)}",
-            share(mount.cached, mount.size),
+            share(mount.cached, mount.size) if mount.size else "",
         )
         for mount in mounts
     ]

@@ -119,8 +119,11 @@ class ControlServer:
         return trio.SocketListener(sock)
 
     async def serve(self, listener: trio.SocketListener) -> None:
-        """Answers clients as long as it is not cancelled."""
-        await trio.serve_listeners(self._converse, [listener])
+        """Answers clients until it is cancelled or the listener is closed."""
+        try:
+            await trio.serve_listeners(self._converse, [listener])
+        except* trio.ClosedResourceError:
+            pass
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         """One connection, one request: clients are commands, not browsers."""
@@ -134,38 +137,42 @@ class ControlServer:
                     status, answer = await self._answer(stream, connection)
                 except (h11.RemoteProtocolError, trio.BrokenResourceError, trio.TooSlowError):
                     return
-                body = msgspec.json.encode(answer)
                 head = h11.Response(
                     status_code=status,
                     headers=[
                         ("content-type", "application/json"),
-                        ("content-length", str(len(body))),
+                        ("content-length", str(len(answer))),
                         ("connection", "close"),
                     ],
                 )
                 data = connection.send(head) or b""
-                data += connection.send(h11.Data(data=body)) or b""
+                data += connection.send(h11.Data(data=answer)) or b""
                 data += connection.send(h11.EndOfMessage()) or b""
                 with trio.move_on_after(ASK_SECONDS_MAX):
                     await stream.send_all(data)
         except trio.BrokenResourceError:
             pass  # the client went away; what it asked for has been done
+        except Exception:
+            log.exception(
+                "a control connection failed in an unforeseen way"
+            )  # it ends alone, not with everyone's mounts
         finally:
             self.connected -= 1
 
-    async def _answer(self, stream: trio.SocketStream, connection: h11.Connection) -> tuple[int, msgspec.Struct]:
+    async def _answer(self, stream: trio.SocketStream, connection: h11.Connection) -> tuple[int, bytes]:
+        """Status and body. Raises what `_read_request` does, TooSlowError and BrokenResourceError for a client that does not ask."""
         with trio.fail_after(ASK_SECONDS_MAX):
             request, body = await _read_request(stream, connection)
         if len(body) > BODY_BYTES_MAX:
-            return 413, Error("invalid", f"The request is larger than {BODY_BYTES_MAX} bytes.")
+            return 413, _encode(Error("invalid", f"The request is larger than {BODY_BYTES_MAX} bytes."))
         try:
-            return 200, await self._call(request.method.decode(), request.target.decode(), body)
+            return 200, _encode(await self._call(request.method.decode(), request.target.decode(), body))
         except MantaError as e:
             number = next((_STATUS[kind] for kind in type(e).__mro__ if kind in _STATUS), 500)
-            return number, Error(e.code, e.message)
+            return number, _encode(Error(e.code, e.message))
         except Exception as e:
             log.exception("a control request failed in an unforeseen way")
-            return 500, Error("error", f"The daemon failed ({type(e).__name__}); its log has the details.")
+            return 500, _encode(Error("error", f"The daemon failed ({type(e).__name__}); its log has the details."))
 
     async def _call(self, method: str, target: str, body: bytes) -> msgspec.Struct:
         for known_method, pattern, kind, call in self._routes:
@@ -181,15 +188,19 @@ class ControlServer:
         raise Absent(f"The control API has no {method} {target}; the client may be of another version than the daemon.")
 
 
+def _encode(answer: msgspec.Struct) -> bytes:
+    return msgspec.json.encode(answer)
+
+
 async def _read_request(stream: trio.SocketStream, connection: h11.Connection) -> tuple[h11.Request, bytes]:
-    """Raises h11.RemoteProtocolError for what is no request. Reads little more than BODY_BYTES_MAX of a body."""
+    """Raises h11.RemoteProtocolError for what is no request, or one that asks for no body (HEAD). Reads little more than BODY_BYTES_MAX of a body."""
     request: h11.Request | None = None
     body = bytearray()
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
             connection.receive_data(await stream.receive_some(65536))
-        elif isinstance(event, h11.Request):
+        elif isinstance(event, h11.Request) and event.method != b"HEAD":
             request = event
         elif isinstance(event, h11.Data):
             body += event.data

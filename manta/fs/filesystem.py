@@ -93,8 +93,11 @@ class Filesystem:
         return self._found(await folder.child(os.fsdecode(name)), folder)
 
     def absence_valid_s(self, parent: int) -> float:
-        """How long the kernel may remember that a name is absent in `parent`."""
-        return self._folder(parent).lifetime_s
+        """How long the kernel may remember that a name is absent in `parent`; not at all where `parent` itself is not known."""
+        try:
+            return self._folder(parent).lifetime_s
+        except (Absent, Invalid):
+            return 0.0
 
     def number(self, node: Node) -> int:
         """The inode number of `node`."""
@@ -123,14 +126,14 @@ class Filesystem:
 
     def list_folder(self, handle: int, start: int) -> Sequence[tuple[str, Node]]:
         """Names and nodes from position `start` on; `look_up_listed` is due for each that the kernel is told of."""
-        return self._folders[handle][1][start:]
+        return self._listing(handle)[1][start:]
 
     def look_up_listed(self, handle: int, node: Node) -> Attributes:
-        return self._found(node, self._folders[handle][0])
+        return self._found(node, self._listing(handle)[0])
 
     def preview(self, handle: int, node: Node) -> Attributes:
         """As `look_up_listed`, but nothing is counted: the kernel may yet have no room for it."""
-        folder = self._folders[handle][0]
+        folder = self._listing(handle)[0]
         return self._attributes(self._inodes.number(node), node, folder.lifetime_s)
 
     def close_folder(self, handle: int) -> None:
@@ -158,17 +161,21 @@ class Filesystem:
 
     async def read(self, handle: int, offset: int, size: int) -> bytes | memoryview:
         """See `Handle.read`."""
-        return await self._files[handle].read(offset, size)
+        opened = self._files.get(handle)
+        if opened is None:
+            raise Invalid(f"File handle {handle} is not open.")
+        return await opened.read(offset, size)
 
     def close_file(self, handle: int) -> None:
         if (opened := self._files.pop(handle, None)) is not None:
             opened.close()
 
     def close(self) -> None:
-        """Closes what the kernel left open."""
+        """Closes what the kernel left open, and forgets what it never forgot: it is gone."""
         for handle in list(self._files):
             self.close_file(handle)
         self._folders.clear()
+        self._inodes.clear()
 
     # Attributes ------------------------------------------------------------------------------------------------------
 
@@ -216,6 +223,11 @@ class Filesystem:
         if not isinstance(node, Folder):
             raise Invalid("This is not a directory.")
         return node
+
+    def _listing(self, handle: int) -> tuple[Folder, Sequence[tuple[str, Node]]]:
+        if handle not in self._folders:
+            raise Invalid(f"Directory handle {handle} is not open.")
+        return self._folders[handle]
 
     def _found(self, node: Node, folder: Folder) -> Attributes:
         return self._attributes(self._inodes.look_up(node), node, folder.lifetime_s)

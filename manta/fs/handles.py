@@ -60,23 +60,19 @@ class BlobHandle:
         """Raises what became of the fetch, Unavailable after the reader's deadline, CacheBroken when the cache disk fails."""
         transfer = self._transfer
         blob = transfer.blob
-        extent = Extent(offset, offset + min(size, READ_BYTES_MAX)).clamp(blob.size)
+        extent = Extent(offset, offset + size).clamp(blob.size)
         if not len(extent):
             return b""
         if not blob.complete:
-            ahead = self._readahead.observe(extent)
-            if not transfer.readable(extent):
-                # The demand goes first: what is only read ahead must not take its connection.
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._follow_up, ahead, extent)
-                    await transfer.ensure(extent)
-            else:
-                await self._follow_up(ahead, extent)
+            # No checkpoint before `ensure` asks for what is read now, so the fetcher hears of both at once and sends this first; none after
+            # it either: what it found there is read at once.
+            self._follow_up(self._readahead.observe(extent), extent)
+            await transfer.ensure(extent)
         data = await self._from_cache(extent)
         self._count(len(data))
         return data
 
-    async def _follow_up(self, ahead: range, extent: Extent) -> None:
+    def _follow_up(self, ahead: range, extent: Extent) -> None:
         self._transfer.look_ahead(ahead, extent)
         if self._fill:
             # Once per open is enough: it was read from, so the rest is wanted while there is nothing else to do.
@@ -85,24 +81,25 @@ class BlobHandle:
 
     async def _from_cache(self, extent: Extent) -> bytes | memoryview:
         fd, length = self._transfer.blob.fd, len(extent)
-        view = memoryview(_scratch)[:length]
+        # A short answer would tell the kernel that the file ends there, so what is larger gets a buffer of its own.
+        view = memoryview(_scratch)[:length] if length <= READ_BYTES_MAX else memoryview(bytearray(length))
         try:
             # Without waiting, so that a slow disk never holds the thread that serves everybody.
             if os.preadv(fd, [view], extent.start, os.RWF_NOWAIT) == length:
                 return view
-        except (BlockingIOError, OSError):
+        except OSError:
             pass  # not in the page cache, or a filesystem without RWF_NOWAIT
         try:
             data = await trio.to_thread.run_sync(os.pread, fd, length, extent.start)
         except OSError as e:
             raise CacheBroken(
-                f"{self._transfer.name} could not be read from the cache disk: {e.strerror}. Check the disk; `manta cache verify --repair`"
-                " fetches what is damaged anew."
+                f"{self._transfer.name} could not be read from the cache disk: {e.strerror}. Check the disk (dmesg); `manta cache verify`"
+                " has what is damaged fetched anew."
             ) from e
         if len(data) != length:
             raise CacheBroken(
-                f"The cache file of {self._transfer.name} is too short: something outside Manta changed it. Run `manta cache verify"
-                " --repair`."
+                f"The cache file of {self._transfer.name} is too short: something outside Manta changed it. Run `manta cache verify`,"
+                " which has what is damaged fetched anew."
             )
         return data
 

@@ -67,3 +67,7 @@ class InodeTable:
         known.lookups -= lookups
         if known.lookups <= 0:
             del self._known[number]
+
+    def clear(self) -> None:
+        """The kernel is gone: it remembers nothing but the root."""
+        self._known = {ROOT: self._known[ROOT]}

@@ -14,7 +14,16 @@ from manta.errors import Absent, Invalid
 from manta.fetch.sources import Provenance
 from manta.fs.nodes import BlobNode, Folder, LinkNode, Node, TextNode
 from manta.hub.origin import Access
-from manta.model.ids import Commit, RepoId, RepoKind, is_commit, is_name_part, parse_revision
+from manta.model.ids import (
+    DEFAULT_REVISION,
+    BlobAlgorithm,
+    Commit,
+    RepoId,
+    RepoKind,
+    is_commit,
+    is_name_part,
+    parse_revision,
+)
 from manta.model.snapshot import FileEntry, Snapshot
 
 REF_LIFETIME_SECONDS = 5.0
@@ -51,6 +60,18 @@ class SnapshotSource(Protocol):
 
 def _absent(name: str) -> Absent:
     return Absent(f"There is no {name!r} here.")
+
+
+def _revision_of(name: str) -> str:
+    """The revision that a name in a path means. Raises Invalid for what none can be, also bytes that are no text (surrogates)."""
+    if not name.isprintable():
+        raise Invalid(f"{name!r} is not a revision.")
+    return parse_revision(name)
+
+
+def _name_of(revision: str) -> str:
+    """What `_revision_of` reads as `revision`."""
+    return revision.replace("%", "%25").replace("/", "%2F")
 
 
 class SnapshotFolder(Folder):
@@ -131,7 +152,7 @@ class OrganisationFolder(Folder):
         short_name, at, revision = name.partition("@")
         try:
             repo = RepoId(self._kind, f"{self._organisation}/{short_name}")
-            commit = await self._source.freeze(repo, parse_revision(revision) if at else None)
+            commit = await self._source.freeze(repo, _revision_of(revision) if at else None)
         except Invalid as e:
             raise _absent(name) from e
         return SnapshotFolder(self._source, await self._source.snapshot(repo, commit))
@@ -140,7 +161,7 @@ class OrganisationFolder(Folder):
         shown: list[tuple[str, Node]] = []
         for (repo, revision), commit in list(self._source.frozen().items()):
             if repo.kind is self._kind and repo.organisation == self._organisation:
-                name = repo.short_name if revision is None else f"{repo.short_name}@{revision.replace('/', '%2F')}"
+                name = repo.short_name if revision is None else f"{repo.short_name}@{_name_of(revision)}"
                 shown.append((name, SnapshotFolder(self._source, await self._source.snapshot(repo, commit))))
         return sorted(shown, key=lambda item: item[0])
 
@@ -239,6 +260,8 @@ def _blob_name(entry: FileEntry) -> str:
 
 
 class _RefsFolder(Folder):
+    """refs/REVISION, in folders where a revision has slashes: refs/refs/pr/1, and the mounted revision's own."""
+
     lifetime_s = REF_LIFETIME_SECONDS
 
     def __init__(self, repo: CachedRepoFolder, prefix: str) -> None:
@@ -248,20 +271,28 @@ class _RefsFolder(Folder):
 
     async def child(self, name: str) -> Node:
         revision = f"{self._prefix}{name}"
-        if revision in {"refs", "refs/pr", "refs/convert"}:
+        if revision in {"refs", "refs/pr", "refs/convert"} or self._mounted.startswith(f"{revision}/"):
             return _RefsFolder(self._repo, f"{revision}/")
         try:
-            commit = await self._repo.source.current(self._repo.repo, parse_revision(revision))
+            commit = await self._repo.source.current(self._repo.repo, _revision_of(revision))
         except Invalid as e:
             raise _absent(name) from e
         await self._repo.take_in(commit)
         return TextNode(f"{self.key}{name}", commit.encode(), REF_LIFETIME_SECONDS)
 
     async def children(self) -> Sequence[tuple[str, Node]]:
-        revision = self._repo.revision or "main"
-        if self._prefix or is_commit(revision) or "/" in revision:
-            return []  # refs/pr/N is found by name
-        return [(revision, await self.child(revision))]
+        """The mounted revision, while the hub has it; others are found by name."""
+        if is_commit(self._mounted) or not self._mounted.startswith(self._prefix):
+            return []
+        name = self._mounted.removeprefix(self._prefix).split("/")[0]
+        try:
+            return [(name, await self.child(name))]
+        except Absent:
+            return []
+
+    @property
+    def _mounted(self) -> str:
+        return self._repo.revision or DEFAULT_REVISION
 
 
 class _SnapshotsFolder(Folder):
@@ -354,7 +385,7 @@ def _tree_file(snapshot: Snapshot) -> bytes:
     files: dict[str, dict[str, object]] = {}
     for path, entry in snapshot.files.items():
         shown: dict[str, object] = {"size": entry.size, "blob_id": entry.git_oid}
-        if entry.blob is not None and entry.blob.hex != entry.git_oid:
+        if entry.blob is not None and entry.blob.algorithm is BlobAlgorithm.SHA256:
             shown |= {"lfs_sha256": entry.blob.hex, "lfs_size": entry.size}
         files[path] = shown
     return json.dumps({"format_version": 1, "files": files}).encode()

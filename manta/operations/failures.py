@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 
 from manta.errors import MantaError
 from manta.fetch.sources import Provenance
@@ -35,5 +36,6 @@ class Failures:
     def all(self) -> list[str]:
         return [sentence for _, _, sentence in self._recent][-RECENT_MAX:]
 
-    def of(self, repo: RepoId, commit: Commit) -> list[str]:
-        return [s for r, c, s in self._recent if (r, c) == (repo, commit)][-RECENT_PER_MOUNT:]
+    def of(self, snapshots: Container[tuple[RepoId, Commit]]) -> list[str]:
+        """Those about files of `snapshots`."""
+        return [s for repo, commit, s in self._recent if (repo, commit) in snapshots][-RECENT_PER_MOUNT:]

@@ -93,8 +93,10 @@ class Housekeeping:
                 raise Absent(f"{name} is not in the cache; `manta cache ls` lists what is.")
             return {blob}
         target = parse_target(name)
-        snapshot = self._stored(target)
-        return {entry.blob for entry in snapshot.below(target.subfolder) if entry.blob is not None}
+        entries = list(self._stored(target).below(target.subfolder))
+        if target.subfolder and not entries:
+            raise Absent(f"{target.repo} has no folder {target.subfolder!r}; a single file is named by its blob id.")
+        return {entry.blob for entry in entries if entry.blob is not None}
 
     def _stored(self, target: Target) -> Snapshot:
         revision = target.revision or DEFAULT_REVISION
@@ -113,21 +115,25 @@ class Housekeeping:
     async def pin(self, names: list[str]) -> CacheListing:
         if not names:
             raise Invalid("Say what to pin: a blob id or a target such as ORG/NAME.")
-        chosen: set[BlobId] = set()
-        for name in names:
-            blobs = await self.select([name])
+        chosen = {name: await self.select([name]) for name in names}  # all or none
+        for name, blobs in chosen.items():
             await trio.to_thread.run_sync(self._pins.add, name, blobs, time.time())
-            chosen |= blobs
-        return await self.listing(chosen)
+        return await self.listing(set().union(*chosen.values()))
 
     async def unpin(self, names: list[str]) -> CacheListing:
         """Takes names as they were given to `pin`. No names: all pins."""
         chosen: set[BlobId] = set()
+        unknown = [name for name in names if name not in self._pins.pins]
+        if self._pins.problem is not None:
+            # Any drop ends the state in which everything counts as pinned.
+            await trio.to_thread.run_sync(self._pins.drop, "")
+        elif unknown:
+            raise Absent(
+                f"{unknown[0]!r} is not pinned. Pins have the name they were given: {', '.join(self._pins.pins) or 'there are none'}."
+            )
         for name in names or list(self._pins.pins):
             pin = await trio.to_thread.run_sync(self._pins.drop, name)
-            if pin is None:
-                raise Absent(f"{name!r} is not pinned; `manta cache ls` shows what is.")
-            chosen |= pin.blobs
+            chosen |= pin.blobs if pin is not None else set()
         return await self.listing(chosen)
 
     async def remove(self, names: list[str]) -> Removal:
@@ -137,7 +143,7 @@ class Housekeeping:
                 "Say what to remove: a blob id or a target such as ORG/NAME. To empty the cache: manta cache gc --size 0."
             )
         chosen = await self.select(names)
-        return await self._remove([info for info in map(self._store.find, chosen) if info is not None])
+        return await self._remove([info for info in map(self._store.find, sorted(chosen)) if info is not None])
 
     async def collect(self, size: int, *, dry_run: bool) -> Removal:
         """Evicts, least recently used first, down to `size` bytes (-1: the configured bounds)."""

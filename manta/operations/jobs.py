@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,9 @@ from manta.model.snapshot import FileEntry
 log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 600.0
+KEPT_MAX = 256
+"""Ended jobs that are kept; the oldest go first."""
+
 RUNNING_MAX = 64
 PROBLEMS_MAX = 100
 FILES_AT_ONCE = 8
@@ -65,6 +69,7 @@ class Jobs:
         self._store = store
         self._ended = ended
         self._jobs: dict[str, _Job] = {}
+        self._prefetching: Counter[BlobId] = Counter()
         self._numbers = itertools.count(1)
 
     @property
@@ -104,12 +109,16 @@ class Jobs:
             if entry.size == 0:
                 return
             transfer = self._fetcher.open(Provenance(target.repo, resolution.commit, entry, access))
+            blob = transfer.blob.id
+            self._prefetching[blob] += 1
             try:
                 await transfer.complete()
-            except trio.Cancelled:
-                self._fetcher.stop_background(str(transfer.blob.id))
-                raise
             finally:
+                self._prefetching[blob] -= 1
+                if not self._prefetching[blob]:
+                    del self._prefetching[blob]
+                    # Cancelled or failed, unless another job wants it: what came stays, no more is to come.
+                    self._fetcher.stop_background(str(blob))
                 self._fetcher.close(transfer)
 
         self._nursery.start_soon(self._work, job, [partial(fetch, entry) for entry in entries])
@@ -120,14 +129,14 @@ class Jobs:
         job = self._start("verify", "cache")
         infos = [info for info in map(self._store.find, blobs) if info is not None]
         job.files_total, job.bytes_total = len(infos), sum(info.cached for info in infos)
-        done = 0
-        job.bytes_before = lambda: done
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
+        done = dict.fromkeys((info.id for info in infos), 0)
+        job.bytes_before = lambda: sum(done.values())
 
         async def verify(blob_id: BlobId, size: int) -> None:
+            def progress(count: int) -> None:
+                trio.from_thread.check_cancelled()  # between two chunks: a blob may take minutes
+                done[blob_id] += count
+
             with self._store.open_blob(blob_id, size) as blob:
                 bad = await trio.to_thread.run_sync(verify_chunks, blob, progress)
                 for chunk in bad:
@@ -149,8 +158,10 @@ class Jobs:
         if self.running >= RUNNING_MAX:
             raise InUse(f"{RUNNING_MAX} jobs are running already. Wait for one to end.")
         now = trio.current_time()
-        for old in [j for j in self._jobs.values() if j.ended is not None and now - j.ended > KEPT_SECONDS]:
-            del self._jobs[old.id]
+        ended = sorted((j.ended, j.id) for j in self._jobs.values() if j.ended is not None)
+        for number, (at, old) in enumerate(reversed(ended)):
+            if number >= KEPT_MAX or now - at > KEPT_SECONDS:
+                del self._jobs[old]
         job = _Job(str(next(self._numbers)), kind, name, trio.CancelScope())
         self._jobs[job.id] = job
         return job
@@ -164,6 +175,9 @@ class Jobs:
                 await part()
             except MantaError as e:
                 job.problem(e)
+            except Exception as e:  # it ends this part, and not the daemon with everyone's mounts
+                log.exception("a part of the %s of %s failed in an unforeseen way", job.kind, job.name)
+                job.problem(MantaError(f"The daemon failed ({type(e).__name__}); its log has the details."))
             finally:
                 limiter.release_on_behalf_of(part)
             job.files_done += 1
@@ -181,6 +195,8 @@ class Jobs:
             else:
                 job.state = "failed" if job.problems else "done"
             job.ended = trio.current_time()
+            done = job.bytes_before()
+            job.bytes_before = lambda: done  # as it was then; and the trees that it was counted from may go
             log.info("%s of %s: %s", job.kind, job.name, job.state)
             self._ended()
 

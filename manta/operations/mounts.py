@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import trio
 
 from manta.cache.store import Store
 from manta.control.protocol import Mount, MountRequest
-from manta.errors import Absent, InUse
+from manta.errors import Absent, InUse, Invalid
 from manta.fs.nodes import Folder, Node
 from manta.fs.views import HubCacheFolder, HubFolder, SnapshotFolder
 from manta.hub.catalog import Catalog, Resolution
@@ -33,7 +34,11 @@ BIND_SECONDS_MAX = 60.0
 """A directory that nobody has bound after this long belonged to a caller that died."""
 
 FROZEN_MAX = 1000
-"""Repos that one mount of the whole hub may have opened: each keeps its tree in memory."""
+"""Repos that one mount of the whole hub may have opened."""
+
+TREES_MAX = 1000
+"""Trees that one mount may hold in memory: those of the repos it has opened and, in the hub-cache view, of each commit that was asked for by
+name or that a ref has meant since. A tree of a hundred files is about 50 KB."""
 
 
 @dataclass(eq=False)
@@ -65,14 +70,23 @@ class MountScope:
         """Held as long as the mount, so that it outlives the repo. Raises Denied where nothing of it may be read."""
         key = repo, commit
         if key not in self._snapshots:
+            if len(self._snapshots) >= TREES_MAX:
+                raise InUse(
+                    f"This mount shows {TREES_MAX} commits already; unmount it and mount it again, or mount {repo} alone."
+                )
             snapshot = await self._catalog.snapshot(repo, commit, self.access)
             if (denial := self._catalog.denial(snapshot, self.access)) is not None:
                 raise denial
-            self._snapshots[key] = snapshot
+            self._snapshots.setdefault(key, snapshot)
         return self._snapshots[key]
 
     def frozen(self) -> Mapping[tuple[RepoId, str | None], Commit]:
-        return {key: resolution.commit for key, resolution in self._frozen.items()}
+        """What has been frozen and can be shown: one repo that may not be read must not spoil a listing of the others."""
+        return {
+            (repo, revision): resolution.commit
+            for (repo, revision), resolution in self._frozen.items()
+            if (repo, resolution.commit) in self._snapshots
+        }
 
     def stale(self, repo: RepoId, revision: str | None) -> bool:
         """Whether what is frozen is what the cache remembered, because the hub could not be asked."""
@@ -81,9 +95,10 @@ class MountScope:
     def cached_bytes(self, snapshot: Snapshot, folder: str) -> int:
         return sum(self.cached(entry) for entry in snapshot.below(folder))
 
-    def held(self, repo: RepoId, commit: Commit) -> Snapshot:
-        """A snapshot that `snapshot` has given before."""
-        return self._snapshots[repo, commit]
+    @property
+    def held(self) -> Mapping[tuple[RepoId, Commit], Snapshot]:
+        """What `snapshot` has given so far."""
+        return self._snapshots
 
     def cached(self, entry: FileEntry) -> int:
         """Bytes of one file that are in the cache."""
@@ -102,6 +117,7 @@ class Mounted:
 
     id: str
     request: MountRequest
+    """Without its token, which is `scope.access` and shows in no text."""
     target: Target | None
     """None for the whole hub."""
     commit: Commit | None
@@ -186,6 +202,10 @@ class Mounts:
             snapshot = await scope.snapshot(target.repo, commit)
             if request.view == "tree":
                 root = SnapshotFolder(scope, snapshot, target.subfolder)
+            elif target.subfolder:
+                raise Invalid(
+                    f"The hub-cache view shows a repo as a whole: leave {target.subfolder!r} away, or use --view tree."
+                )
             else:
                 root = HubCacheFolder(scope, mount_id, only=(target.repo, target.revision))
         if self.direct and self._mounted:
@@ -194,6 +214,7 @@ class Mounts:
                 f"Without root a daemon serves one mount, and it serves {other.directory}. Unmount that first, run as root, or give this"
                 " mount a cache of its own with --cache-dir."
             )
+        request = msgspec.structs.replace(request, token="")
         mounted = Mounted(mount_id, request, target, commit, scope, root, trio.current_time(), request.directory)
         self._mounted[mount_id] = mounted
         log.info("mount %s: %s at %s for %s", mount_id, request.target or "the hub", commit or "-", request.directory)
@@ -234,12 +255,9 @@ class Mounts:
         """What status says of it. Sizes are of the mounted folder; for the whole hub, of the repos it has opened."""
         scope, target = mounted.scope, mounted.target
         if target is not None and mounted.commit is not None:
-            snapshot = scope.held(target.repo, mounted.commit)
-            entries = list(snapshot.below(target.subfolder))
-            errors = failures.of(target.repo, mounted.commit)
+            entries = list(scope.held[target.repo, mounted.commit].below(target.subfolder))
         else:
             entries = list(scope.files())
-            errors = [s for (repo, _), commit in scope.frozen().items() for s in failures.of(repo, commit)]
         return Mount(
             id=mounted.id,
             target=mounted.request.target,
@@ -252,5 +270,5 @@ class Mounts:
             size=sum(entry.size for entry in entries),
             cached=sum(scope.cached(entry) for entry in entries),
             stale=target is not None and scope.stale(target.repo, target.revision),
-            errors=errors,
+            errors=failures.of(scope.held),
         )

@@ -10,7 +10,8 @@ import socket
 
 from manta.wire.messages import MESSAGE_BYTES_MAX
 
-_RIGHTS_BYTES = socket.CMSG_SPACE(4)
+# LEN, not SPACE: its padding would let in a second descriptor, which nobody would close. The kernel closes what does not fit.
+_RIGHTS_BYTES = socket.CMSG_LEN(4)
 
 
 class Closed(Exception):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import http
 import re
 import ssl
 import time
@@ -27,14 +28,22 @@ CONNECT_SECONDS_MAX = 10.0
 REDIRECTS_MAX = 5
 """The Hub uses one (resolve-cache) or two (a renamed repo before it); more is a loop."""
 
+THROTTLED_SECONDS = 10.0
+"""The wait after a 429 that names none: thirty requests per window of the Hub's quota."""
+
 RETRY_AFTER_SECONDS_MAX = 600.0
 """The Hub's quota window is 5 minutes; what asks for more than twice that is not believed."""
 
+TELL_SECONDS = 0.1
+"""Bytes in the file are told of after this long however few they are: unseen by a person, and ten wake-ups a second per order."""
+
 _HEADERS_KEPT = frozenset(
     {
+        "content-encoding",
         "content-length",
         "content-range",
         "content-type",
+        "date",
         "etag",
         "location",
         "ratelimit",
@@ -49,7 +58,7 @@ _HEADERS_KEPT = frozenset(
     }
 )
 _READ_BYTES = 1024 * 1024
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 
 
 def _same_origin(a: URL, b: URL) -> bool:
@@ -58,32 +67,32 @@ def _same_origin(a: URL, b: URL) -> bool:
 
 def _onward(headers: Mapping[str, str], here: URL, there: URL) -> dict[str, str]:
     """The headers for the next hop: Authorization never leaves the origin it was meant for."""
+    if here.scheme == "https" and there.scheme != "https":
+        raise OrderFailed("unavailable", f"{here.host} redirects to an address that is not encrypted")
     if _same_origin(here, there):
         return dict(headers)
     return {name: value for name, value in headers.items() if name.lower() != "authorization"}
 
 
-def retry_after_s(headers: Mapping[str, str], now: float) -> float:
-    """How long a 429 or 503 asks us to wait (`now` is in seconds since the epoch); 0 where it does not say.
+def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
+    """How long a 429 or 503 asks us to wait (`now` is in seconds since the epoch); None where it does not say.
 
     The Hub's `RateLimit: "resolvers";r=0;t=N` comes first: its window is over after N seconds. Then Retry-After in both its forms.
     """
-    wait = 0.0
-    if (match := re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))) and re.search(
-        r";\s*r=0\b", headers.get("RateLimit", "")
-    ):
+    limit, after = headers.get("RateLimit", ""), headers.get("Retry-After", "").strip()
+    if (match := re.search(r";\s*t=([0-9]{1,9})", limit)) and re.search(r";\s*r=0\b", limit):
         wait = float(match[1]) + 1
-    elif after := headers.get("Retry-After"):
-        if after.strip().isdigit():
-            wait = float(after)
-        else:
-            try:
-                wait = email.utils.parsedate_to_datetime(after).timestamp() - now
-            except ValueError:
-                wait = 0.0
+    elif after.isascii() and after.isdigit():
+        wait = float(after)
+    else:
+        try:
+            wait = email.utils.parsedate_to_datetime(after).timestamp() - now
+        except ValueError:
+            return None
     return min(max(wait, 0.0), RETRY_AFTER_SECONDS_MAX)
 
 
+_STATUSES = frozenset(http.HTTPStatus)
 _REASONS: dict[int, Reason] = {
     401: "denied",
     403: "denied",
@@ -95,13 +104,14 @@ _REASONS: dict[int, Reason] = {
 
 
 def _refusal(response: aiohttp.ClientResponse) -> OrderFailed:
-    """What a status that is not a success means."""
+    """What a status that is not a success means. The words are the standard's: a server's own could say anything."""
     status = response.status
+    phrase = http.HTTPStatus(status).phrase if status in _STATUSES else ""
+    wait = retry_after_s(response.headers, time.time())
+    if wait is None:
+        wait = THROTTLED_SECONDS if status == 429 else 0.0
     return OrderFailed(
-        _REASONS.get(status, "unavailable"),
-        f"{response.url.host} answered {status} {response.reason or ''}".rstrip(),
-        status,
-        retry_after_s(response.headers, time.time()),
+        _REASONS.get(status, "unavailable"), f"{response.url.host} answered {status} {phrase}".rstrip(), status, wait
     )
 
 
@@ -112,11 +122,14 @@ class OriginClient:
         self._session = aiohttp.ClientSession(
             # The daemon bounds the requests in flight. Idle connections are kept for the next chunk of a file.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30, ttl_dns_cache=60),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS_MAX),
+            # `connect` bounds the name lookup and TLS too.
+            timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS_MAX),
+            # One session serves orders with different tokens: what a server wants remembered of one must not go with another.
+            cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"manta/{__version__}", "Accept-Encoding": "identity"},
             auto_decompress=False,
             read_bufsize=_READ_BYTES,
-            trust_env=True,  # HTTPS_PROXY and its kin, as every other client of the Hub
+            trust_env=True,  # HTTPS_PROXY and its kin, as every other client of the Hub; netrc is off in `service`
         )
 
     async def close(self) -> None:
@@ -148,6 +161,7 @@ class OriginClient:
         """Raises OrderFailed; what has been written and told by `progress` stays."""
         began = time.monotonic()
         sink = ChunkSink(fd, order.start, order.end, progress)
+        ticker = asyncio.create_task(_tell_regularly(sink))
         url = URL(order.url, encoded=True)
         try:
             for start, end in order.extents:
@@ -161,28 +175,33 @@ class OriginClient:
         except aiohttp.ClientError as e:
             raise _connection_failure(url, e) from e
         finally:
-            sink.interrupted()
+            ticker.cancel()
+            sink.tell()
         return Fetched(order.order, digest, time.monotonic() - began)
 
     async def _fetch_extent(self, order: Fetch, url: URL, start: int, end: int, sink: ChunkSink) -> None:
         headers = dict(order.headers) | {"Range": f"bytes={start}-{end - 1}"}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS_MAX, sock_read=order.stall_s)
-        for _hop in range(REDIRECTS_MAX):
-            async with self._session.get(url, headers=headers, allow_redirects=False, timeout=timeout) as response:
-                onward = response.headers.get("Location")
-                if response.status in {301, 302, 303, 307, 308} and onward:
-                    there = url.join(URL(onward, encoded=True))
-                    headers = _onward(headers, url, there)
-                    url = there
-                    continue
-                self._check(response, start, end, order.blob_size)
-                await self._drain(response, start, end, sink)
-                return
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS_MAX, sock_read=order.stall_s)
+        # Until the first byte the daemon hears nothing of this order. All redirects together have one deadline, so that a slow
+        # origin ends here and the worker is not taken for stuck.
+        async with asyncio.timeout(CONNECT_SECONDS_MAX + order.stall_s) as until_answered:
+            for _hop in range(REDIRECTS_MAX):
+                async with self._session.get(url, headers=headers, allow_redirects=False, timeout=timeout) as response:
+                    onward = response.headers.get("Location")
+                    if response.status in {301, 302, 303, 307, 308} and onward:
+                        there = url.join(URL(onward, encoded=True))
+                        headers = _onward(headers, url, there)
+                        url = there
+                        continue
+                    upto = self._check(response, start, end, order.blob_size)
+                    until_answered.reschedule(None)
+                    await self._drain(response, start, upto, end, sink)
+                    return
         raise OrderFailed("unavailable", f"{url.host} redirects in a loop")
 
     @staticmethod
-    def _check(response: aiohttp.ClientResponse, start: int, end: int, blob_size: int) -> None:
-        """That the answer is the asked bytes of the right file, as far as its head can tell."""
+    def _check(response: aiohttp.ClientResponse, start: int, end: int, blob_size: int) -> int:
+        """That the answer is the asked bytes of the right file, as far as its head can tell. Returns how far it says it goes."""
         host = response.url.host
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise OrderFailed("unavailable", f"{host} sent a compressed body to a request for plain bytes")
@@ -192,22 +211,27 @@ class OriginClient:
                 raise OrderFailed("unavailable", f"{host} answered 206 without a Content-Range")
             if found[3] not in {"*", str(blob_size)}:
                 raise OrderFailed("corrupt", f"{host} has {found[3]} bytes in this file, the hub says {blob_size}")
-            if int(found[1]) != start or int(found[2]) + 1 > end:
+            upto = int(found[2]) + 1
+            if int(found[1]) != start or not start < upto <= end:
                 raise OrderFailed("corrupt", f"{host} answered bytes {found[1]}-{found[2]} to {start}-{end - 1}")
-        elif response.status == 200:
+            return upto
+        if response.status == 200:
             if start != 0:
                 raise OrderFailed("unavailable", f"{host} ignores Range: it sent the file from its first byte")
             length = response.headers.get("Content-Length")
             if length is not None and length != str(blob_size):
-                raise OrderFailed("unavailable", f"{host} sent {length} bytes for a file of {blob_size}")
-        else:
-            raise _refusal(response)
+                raise OrderFailed("unavailable", f"{host} sent {length[:20]} bytes for a file of {blob_size}")
+            if length is None and response.content_type == "text/html":
+                raise OrderFailed("unavailable", f"{host} sent a web page instead of the file")
+            return end
+        raise _refusal(response)
 
     @staticmethod
-    async def _drain(response: aiohttp.ClientResponse, start: int, end: int, sink: ChunkSink) -> None:
+    async def _drain(response: aiohttp.ClientResponse, start: int, upto: int, end: int, sink: ChunkSink) -> None:
+        """Takes the body, which goes up to `upto` by its own word; `end` is what was asked for."""
         at = start
         while data := await response.content.readany():
-            if at + len(data) > end:
+            if at + len(data) > upto:
                 if response.status == 206:
                     raise OrderFailed("corrupt", f"{response.url.host} sent more bytes than asked for")
                 data = data[: end - at]  # a 200: the whole file, of which this chunk is the beginning
@@ -220,6 +244,13 @@ class OriginClient:
             raise OrderFailed(
                 "unavailable", f"{response.url.host} ended the body after {at - start} of {end - start} bytes"
             )
+
+
+async def _tell_regularly(sink: ChunkSink) -> None:
+    """A sender that pauses after a burst must not keep a reader from the bytes that came with it."""
+    while True:
+        await asyncio.sleep(TELL_SECONDS)
+        sink.tell()
 
 
 def _connection_failure(url: URL, e: aiohttp.ClientError) -> OrderFailed:

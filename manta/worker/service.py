@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, assert_never
@@ -65,7 +66,12 @@ class _Link:
                 finally:
                     loop.remove_reader(self._socket)
                 continue
-            return decode_to_worker(data), fd
+            try:
+                return decode_to_worker(data), fd
+            except ValueError:
+                if fd is not None:
+                    os.close(fd)
+                raise
 
     def send(self, message: Message) -> None:
         if self._unsent and isinstance(message, Progress):
@@ -102,6 +108,10 @@ class _Worker:
                 order, fd = await self._link.receive()
             except Closed:
                 break
+            except ValueError:
+                # The daemon's own messages are sound, so this is no daemon of this version: it replaces what does not answer.
+                print(f"manta worker {os.getpid()}: got what is no message, ending", file=sys.stderr)
+                break
             if isinstance(order, Cancel):
                 if task := self._tasks.get(order.order):
                     task.cancel()
@@ -109,6 +119,8 @@ class _Worker:
             task = asyncio.create_task(self._run(order, fd))
             self._tasks[order.order] = task
             task.add_done_callback(partial(self._forget, order.order))
+            # Its first step, before anything can cancel it: a task that never began would neither answer nor close its descriptor.
+            await asyncio.sleep(0)
         for task in list(self._tasks.values()):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -130,7 +142,10 @@ class _Worker:
         finally:
             if fd is not None:
                 os.close(fd)
-        self._link.send(answer)
+        try:
+            self._link.send(answer)
+        except ValueError:  # larger than a message may be: an origin can make its headers so
+            self._link.send(Failed(order.order, "unavailable", "was answered with more than an answer may hold"))
 
     async def _carry_out(self, order: Locate | Fetch | Digest, fd: int | None) -> Located | Fetched | Digested:
         match order:
@@ -143,9 +158,18 @@ class _Worker:
                 )
             case Digest():
                 assert fd is not None
-                return await asyncio.to_thread(self._digester.advance, order, fd)
+                return await self._digest(order, fd)
             case _:
                 assert_never(order)
+
+    async def _digest(self, order: Digest, fd: int) -> Digested:
+        digesting = asyncio.ensure_future(asyncio.to_thread(self._digester.advance, order, fd))
+        try:
+            return await asyncio.shield(digesting)
+        except asyncio.CancelledError:
+            # The thread cannot be stopped, and must not read from a descriptor that is another file's by then.
+            await asyncio.wait([digesting])
+            raise
 
     def _online(self) -> OriginClient:
         if self._origin is None:
@@ -156,6 +180,9 @@ class _Worker:
 async def _serve(role: str, sock: socket.socket) -> None:
     origin = None
     if role == "fetch":
+        # aiohttp looks for proxies in the environment and, with them, for passwords in ~/.netrc: those would go to any host named there,
+        # and fail every request that has a token. Only an order says what is sent.
+        os.environ["NETRC"] = os.devnull
         # aiohttp is about 30 MB of memory: the digest worker does without.
         from manta.worker.origin import OriginClient
 

@@ -42,7 +42,7 @@ class ChunkSink:
 
     def begin(self, at: int) -> None:
         """The next bytes belong at `at`."""
-        self._tell()
+        self.tell()
         self._at = self._told = at
         self._told_when = 0.0  # the first bytes of an extent are what a reader waits for: tell them at once
 
@@ -67,21 +67,18 @@ class ChunkSink:
         if at - self._told >= PROGRESS_BYTES_MIN or self._told_when == 0.0:
             now = self._clock()
             if now - self._told_when >= PROGRESS_SECONDS_MIN:
-                self._tell()
+                self.tell()
                 self._told_when = now
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Reports what has come and was not reported yet."""
         if self._at > self._told:
             self._progress(self._told, self._at)
             self._told = self._at
 
-    def interrupted(self) -> None:
-        """The order ends here: tell what has come, so that nobody fetches it again."""
-        self._tell()
-
     def finish(self) -> bytes:
         """The chunk's digest, once all its bytes are in the file. Raises OrderFailed where they cannot be read back."""
-        self._tell()
+        self.tell()
         if self._digest is not None and self._digested == self._end:
             return self._digest.digest()
         try:

@@ -122,8 +122,8 @@ def test_a_process_that_is_not_there_is_nothing() -> None:
     ("words", "shown"),
     [
         (["/x/bin/python3", "-S", "-E", "/y/readers.py", "random", "/z"], "readers.py random"),
-        (["/x/bin/python", "-m", "manta.worker", "--fd", "5"], "-m manta.worker"),
-        (["/usr/bin/curl", "--silent", "http://x"], "curl --silent"),
+        (["/x/bin/python", "-m", "manta.worker", "fetch", "13"], "manta.worker fetch"),
+        (["/usr/bin/curl", "--silent", "http://x"], "curl"),
         (["python"], ""),
         ([], ""),
     ],

@@ -92,7 +92,7 @@ def test_no_revision_leaves_its_folder(store: MetadataStore, tmp_path: Path, rev
     assert not files[0].name.startswith(".")
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None, derandomize=True, max_examples=40)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), unique=True, max_size=4))
 def test_different_revisions_never_share_a_file(tmp_path_factory: pytest.TempPathFactory, revisions: list[str]) -> None:
     store = MetadataStore(tmp_path_factory.mktemp("meta"))

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import ssl
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from manta.testing.hub.answers import Policy
+from manta.testing.hub.content import DigestStoppedError
 from manta.testing.hub.digest_index import DigestIndex
 from manta.testing.hub.folder import FolderSource
 from manta.testing.hub.routes import ORIGINS, Route
@@ -61,7 +64,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate (PEM)")
     parser.add_argument("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
     parser.add_argument("--index", metavar="FILE", type=Path, help="remember digests of big files here between runs")
-    parser.add_argument("--admin-socket", metavar="PATH", help="serve the admin API on this unix socket too")
+    parser.add_argument(
+        "--admin-socket",
+        metavar="PATH",
+        help="serve the admin API on this unix socket too; removed at the end, with its folder if that is left empty",
+    )
     parser.add_argument("--until-eof", action="store_true", help="end when standard input ends")
     arguments = parser.parse_args(argv)
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
@@ -78,21 +85,26 @@ def _read_spec(source: str | None) -> HubSpec:
     return msgspec.json.decode(text, type=HubSpec)
 
 
-def _stop_at_eof(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Set `stop` once standard input ends: the parent is gone or wants us gone."""
+def _end_at_eof(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
+    """Call `end` once standard input ends: the parent is gone or wants us gone."""
     while os.read(sys.stdin.fileno(), 1 << 16):
         pass
-    loop.call_soon_threadsafe(stop.set)
+    loop.call_soon_threadsafe(end)
 
 
 async def _serve(arguments: argparse.Namespace, spec: HubSpec) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    if arguments.until_eof:
-        threading.Thread(target=_stop_at_eof, args=(loop, stop), daemon=True).start()
     index = DigestIndex(arguments.index)
+
+    def end() -> None:
+        index.stop()  # an end asked for while digests are taken does not wait for them
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    if arguments.until_eof:
+        threading.Thread(target=_end_at_eof, args=(loop, end), daemon=True).start()
     catalogue = await asyncio.to_thread(build_catalogue, spec, index)
     await asyncio.to_thread(index.save)
     sources = [FolderSource(folder, catalogue, index) for folder in spec.folders]
@@ -133,6 +145,10 @@ async def _serve(arguments: argparse.Namespace, spec: HubSpec) -> None:
         await stop.wait()
     finally:
         await hub.close()
+        if arguments.admin_socket:
+            with contextlib.suppress(OSError):
+                os.unlink(arguments.admin_socket)
+                os.rmdir(os.path.dirname(arguments.admin_socket))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         spec = _read_spec(arguments.spec)
-        asyncio.run(_serve(arguments, spec))
+        with contextlib.suppress(DigestStoppedError):
+            asyncio.run(_serve(arguments, spec))
     except (OSError, ValueError, msgspec.DecodeError) as mistake:
         print(f"manta.testing.hub: {mistake}", file=sys.stderr)
         return 2

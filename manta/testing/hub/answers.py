@@ -192,10 +192,11 @@ class Answers:
     def _repo(self, request: Request, route: Route, user: User | None) -> Repository:
         """The repo asked for; refuses what must not be seen and redirects old names."""
         new_id = self.catalogue.renamed.get((route.repo_type, route.repo_id))
-        if new_id is not None:
-            path = request.raw_path.replace(quote(route.repo_id), quote(new_id), 1)
+        old_part = quote(route.repo_id)
+        if new_id is not None and old_part in request.raw_path:
+            path = request.raw_path.replace(old_part, quote(new_id), 1)
             raise _Refused(_redirect(307, path + (f"?{request.raw_query}" if request.raw_query else "")))
-        repo = self.catalogue.repo(route.repo_type, route.repo_id)
+        repo = self.catalogue.repo(route.repo_type, new_id or route.repo_id)
         hidden = repo is not None and repo.private and (user is None or not user.may_read(repo))
         if repo is None or hidden:
             # The Hub does not tell strangers whether a repo exists, and anonymous callers not even a code.
@@ -295,14 +296,14 @@ class Answers:
             message = f"Access to {repo.type} {repo.id} is restricted. {advice}"
             return error(status, message, "GatedRepo")
         blob = commit.tree.files.get(route.path)
-        if blob is None:
+        if blob is None or (blob.sha256 and route.kind == "resolve-cache"):
             return entry_not_found(route.path, commit)
         common = {
             "X-Repo-Commit": commit.id,
             "Accept-Ranges": "bytes",
             "Content-Disposition": f"inline; filename*=UTF-8''{quote(route.path.rpartition('/')[2])};",
         }
-        if blob.sha256 and route.kind == "resolve":
+        if blob.sha256:
             return self._lfs_file(request, route, repo, commit, blob, common)
         if route.kind == "resolve" and self.policy.redirect_blobs and not (repo.gated or repo.private):
             cached = routes.resolve_cache_path(repo.type, repo.id, commit.id, route.path)

@@ -30,6 +30,9 @@ _CALL_BYTES = 4 << 20
 # How often a stalled reply looks whether its client is still there.
 _PATIENCE_S = 0.05
 
+# A client that takes no byte for this long is dropped; longer than any stall that tests ask of a client.
+_IDLE_S_MAX = 600
+
 # SO_LINGER on with no time: closing sends RST and drops what was not sent.
 _LINGER_NONE = struct.pack("ii", 1, 0)
 
@@ -71,7 +74,10 @@ class _SocketPipe:
         fd = self._socket.fileno()
         self._loop.add_writer(fd, _resolve, ready)
         try:
-            await ready
+            async with asyncio.timeout(_IDLE_S_MAX):
+                await ready
+        except TimeoutError as idle:
+            raise ClientGoneError(f"the client took nothing for {_IDLE_S_MAX} s") from idle
         finally:
             self._loop.remove_writer(fd)
 
@@ -90,8 +96,9 @@ class _TransportPipe:
     async def send(self, span: Span) -> int:
         piece = os.pread(span.fd, min(span.length, 1 << 18), span.offset) if isinstance(span, FileSpan) else span
         try:
-            await self._response.write(bytes(piece[: 1 << 18]))
-        except (ConnectionError, RuntimeError) as error:
+            async with asyncio.timeout(_IDLE_S_MAX):
+                await self._response.write(bytes(piece[: 1 << 18]))
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
             raise ClientGoneError(str(error)) from error
         return min(len(piece), 1 << 18)
 
@@ -104,9 +111,9 @@ async def _pipe(request: web.BaseRequest, response: web.StreamResponse) -> Async
     if transport.get_extra_info("ssl_object") is not None:
         yield _TransportPipe(response)
         return
-    # A duplicate, since the loop guards descriptors that a transport uses. The file description is shared,
-    # so the duplicate is non-blocking too.
+    # A duplicate, since the loop guards descriptors that a transport uses.
     connection = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+    connection.setblocking(False)
     try:
         yield _SocketPipe(connection)
     finally:

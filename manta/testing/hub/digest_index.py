@@ -82,11 +82,21 @@ class DigestIndex:
             self._changed = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump({"format": FORMAT, "digests": entries}, file)
-            os.replace(file.name, self._path)
+            _write_whole(self._path, json.dumps({"format": FORMAT, "digests": entries}))
         except OSError:
             return
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Put a file in place complete or not at all, whoever else writes it at the same time."""
+    fd, draft = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(fd, "w") as file:
+            file.write(text)
+        os.replace(draft, path)
+    except OSError:
+        os.unlink(draft)
+        raise
 
 
 def _identity(content: Content) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from manta.testing.hub.content import ContentChangedError, FileContent, file_identity
+from manta.testing.hub.content import ContentChangedError, DigestStoppedError, FileContent, file_identity
 from manta.testing.hub.digest_index import DigestIndex
 from manta.testing.hub.repository import Blob, Catalogue, Repository, RepoType, Tree, make_blob, make_commit
 from manta.testing.hub.routes import PLURALS, Route
@@ -178,6 +178,8 @@ class FolderSource:
                     blobs = await asyncio.to_thread(self._blobs, key, listing)
                 except ContentChangedError as changed:
                     self._report(f"{key[1]}: {changed} while it was hashed; looking again at the next request")
+                    return
+                except DigestStoppedError:
                     return
                 self._take_over(key, blobs, listing)
                 known.signature = signature

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -100,25 +101,21 @@ class HubProcess:
     ) -> None:
         self._spec = spec
         self._start_timeout_s = start_timeout_s
-        self._folder = Path(tempfile.mkdtemp(prefix="manta-hub-"))
-        self._socket = str(self._folder / "admin")
         self._command = [*prefix, sys.executable, "-m", "manta.testing.hub", "--spec", "-", "--until-eof"]
-        self._command += ["--host", host, "--port", str(port), "--admin-socket", self._socket]
+        self._command += ["--host", host, "--port", str(port)]
         if tls is not None:
             self._command += ["--tls-cert", str(tls[0]), "--tls-key", str(tls[1])]
         if index is not None:
             self._command += ["--index", str(index)]
+        self._folder = Path()  # of a running hub: where its admin socket is
+        self._errors: IO[bytes] | None = None  # what a running hub wrote to standard error; has no name
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = Ready("", "", "", 0)
 
     # -- life ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
+        self.start()
         return self
 
     def __exit__(
@@ -127,9 +124,11 @@ class HubProcess:
         self.close()
 
     def start(self) -> None:
-        """Start the process and wait until it listens."""
-        with (self._folder / "stderr").open("wb") as errors:
-            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        """Start the process and wait until it listens; a failed start leaves nothing behind."""
+        self._folder = Path(tempfile.mkdtemp(prefix="manta-hub-"))
+        command = [*self._command, "--admin-socket", str(self._folder / "admin")]
+        self._errors = tempfile.TemporaryFile()
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
         self._process = process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -143,28 +142,37 @@ class HubProcess:
         if not line:
             process.kill()
             process.wait()
-            raise HubError(f"the hub did not start: {self.stderr().strip() or 'timed out'}")
+            message = self.stderr().strip() or "timed out"
+            self.close()
+            raise HubError(f"the hub did not start: {message}")
         self._ready = msgspec.json.decode(line, type=Ready)
 
     def close(self) -> None:
         """End the process and wait for it; safe to call again."""
         process, self._process = self._process, None
-        if process is not None:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def stderr(self) -> str:
-        """What the hub's process has written to standard error."""
-        return (self._folder / "stderr").read_text(errors="replace")
+        """What the running hub has written to standard error."""
+        if self._errors is None:
+            return ""
+        descriptor = self._errors.fileno()  # read without moving the offset at which the hub writes
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
     @property
     def endpoint(self) -> str:
@@ -299,7 +307,9 @@ class HubProcess:
         self._call(method, path, dict[str, Any], value)
 
     def _call(self, method: str, path: str, type_: type[_T], value: object = None) -> _T:
-        connection = _UnixConnection(self._socket)
+        if self._process is None:
+            raise HubError("the hub is not running")
+        connection = _UnixConnection(str(self._folder / "admin"))
         try:
             body = None if value is None else msgspec.json.encode(value)
             connection.request(method, f"/_hub/{path}", body)
@@ -309,6 +319,6 @@ class HubProcess:
             raise HubError(f"the hub does not answer ({gone}); it said: {self.stderr().strip()}") from gone
         finally:
             connection.close()
-        if response.status != 200:
+        if response.status != HTTPStatus.OK:
             raise HubError(f"{method} {path}: {json.loads(answer)['error']}")
         return msgspec.json.decode(answer, type=type_)

@@ -113,8 +113,8 @@ async def _serve(
         hashing = asyncio.create_task(source.refresh_all())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({hashing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if hashing.done():
-            await hashing  # a mistake in hashing is worth ending for
+        if not stop.is_set():
+            await hashing  # passes a mistake on
         await stopping
     finally:
         digests.stop()

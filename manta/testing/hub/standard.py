@@ -1,6 +1,7 @@
 """The standard content of Manta's tests: one spec with every kind of repo, file name and revision.
 
-Everything is seeded, so digests, commits and bytes are the same in every run. Sizes are small enough to be
+Everything is seeded, so digests, commits and bytes are the same in every run. The private, gated, renamed,
+ownerless and Xet repos have the same weights, so one blob is reachable through several repos. Sizes are small enough to be
 hashed in well under a second. Used by test fixtures across the project and by `python -m manta.testing.hub`.
 """
 

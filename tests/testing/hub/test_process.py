@@ -12,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from manta.testing.hub import (
@@ -93,6 +94,17 @@ def test_it_ends_on_signals_with_a_transfer_in_flight(number: signal.Signals) ->
         reader.join(10)
         with pytest.raises(HubError, match="does not answer"):
             hub.stats()
+
+
+def test_it_does_not_finish_hashing_when_its_parent_leaves() -> None:
+    endless = HubSpec(repos=[RepoSpec(id="a/b", files={"x.bin": Generated("x", 1 << 44)})])  # hours of sha256
+    began = time.monotonic()
+    with pytest.raises(HubError, match="timed out"), HubProcess(endless, start_timeout_s=0.1):
+        pass
+    command = [sys.executable, "-m", "manta.testing.hub", "--spec", "-", "--until-eof"]
+    spec = msgspec.json.encode(endless) + b"\n"
+    assert subprocess.run(command, input=spec, timeout=30, check=False, capture_output=True).returncode == 0
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(

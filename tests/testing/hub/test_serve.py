@@ -104,3 +104,14 @@ def test_signals_end_it_in_peace_and_requests_are_logged(root: Path, number: sig
         assert process.returncode == 0
     assert "GET /org/name/resolve/main/config.json bytes=0-0: 206, 1 bytes" in errors
     assert "Traceback" not in errors
+
+
+def test_it_ends_while_it_hashes(root: Path) -> None:
+    with (root / "org" / "name" / "endless.bin").open("wb") as file:
+        file.truncate(1 << 42)  # sparse; its sha256 would take most of an hour
+    with _serving(root) as (endpoint, process):
+        assert fetch(f"{endpoint}/api/whoami-v2").status == 401
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0
+    assert "Traceback" not in errors
