@@ -265,7 +265,8 @@ class Rig:
     def mounted(self, cache: Path | None = None) -> Iterator[Mount]:
         """REPO mounted by a daemon of its own, page cache dropped and the hub's counters at zero.
 
-        With a fresh cache directory that goes afterwards, unless one is given. At the end: unmounted, and the daemon gone.
+        With a fresh cache directory that goes afterwards, unless one is given. At the end: unmounted, and the daemon gone. Where an
+        exception ends it, the scratch folder's removal does that in its own, faster way, also to a daemon that does not answer.
         """
         self._mounts += 1
         directory = self.folder / f"mount-{self._mounts}"
@@ -278,15 +279,12 @@ class Rig:
         self._manta("mount", REPO, str(directory), *where, "--endpoint", self.endpoint)
         client = Client(config.socket_path)
         daemon = client.status().pid
-        try:
-            yield Mount(directory, used, daemon, client)
-        finally:
-            # Also after a failure, and with the same deadline; what it cannot do the scratch folder's removal does.
-            self._manta("umount", str(directory), *where)
-            if scratch.await_end([daemon], EXIT_TIMEOUT_S):
-                raise Unavailable(f"the daemon (pid {daemon}) still runs {EXIT_TIMEOUT_S} s after its last umount")
-            if cache is None:
-                shutil.rmtree(used)
+        yield Mount(directory, used, daemon, client)
+        self._manta("umount", str(directory), *where)
+        if scratch.await_end([daemon], EXIT_TIMEOUT_S):
+            raise Unavailable(f"the daemon (pid {daemon}) still runs {EXIT_TIMEOUT_S} s after its last umount")
+        if cache is None:
+            shutil.rmtree(used)
 
     # -- what is so ---------------------------------------------------------------------------------------------------
 

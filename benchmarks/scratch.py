@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MARKER = "MANTA_BENCHMARK_SCRATCH"
+MARKER = "BENCHMARK_SCRATCH"
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 END_TIMEOUT_S = 5

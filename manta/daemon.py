@@ -44,6 +44,8 @@ from manta.fetch.sources import Provenance
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import WorkerPool
 from manta.fs.filesystem import Filesystem
+from manta.fs.inodes import inode_number
+from manta.fs.nodes import blob_key
 from manta.fuse import kernel_settings
 from manta.fuse.pyfuse3_session import Pyfuse3Session
 from manta.hub.catalog import Catalog
@@ -80,7 +82,7 @@ class Daemon:
         self._metadata = MetadataStore(store.layout.meta)
         self._pins = Pins(store.layout.pins)
         self._workers = WorkerPool(config.fetch.workers)
-        self._sealer = Sealer(self._workers, self._failures.add)
+        self._sealer = Sealer(self._workers, self._failures.add, lambda transfer: self._forget_pages(transfer.blob.id))
         self._hub = HuggingFaceHub(config.hub)
         self._fetcher = Fetcher(
             store,
@@ -120,7 +122,7 @@ class Daemon:
             )
             self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
             self._filesystem = Filesystem(self._mounts.folder, self, self._count_read, fill=config.fetch.fill)
-            self._jobs = Jobs(nursery, catalog, self._fetcher, self._store, self._stir)
+            self._jobs = Jobs(nursery, catalog, self._fetcher, self._store, self._forget_pages, self._stir)
             self._housekeeping = Housekeeping(
                 self._store, self._metadata, self._pins, config.cache, self._mounted_blobs
             )
@@ -253,6 +255,11 @@ class Daemon:
         if self._session is not None and not self._direct:
             self._session.forget_name(mounted.id, self._filesystem.number(mounted.root))
         self._stir()
+
+    def _forget_pages(self, blob: BlobId) -> None:
+        """What the kernel has cached of a blob may be wrong: it must ask again."""
+        if self._session is not None:
+            self._nursery.start_soon(self._session.forget_pages, inode_number(blob_key(blob)))
 
     def _mounted_blobs(self) -> set[BlobId]:
         return {entry.blob for entry in self._mounts.files() if entry.blob is not None}

@@ -235,7 +235,10 @@ def _fish(root: _Command) -> str:
             lines += [f"{here}{_fish_value(command.arguments)}"] if command.arguments != _Value() else []
         for option in command.options:
             names = "".join(f" -l {n[2:]}" if n.startswith("--") else f" -s {n[1:]}" for n in option.names)
-            value = f" -r{_fish_value(option.value)}" if option.value is not None else ""
+            value = ""
+            if option.value is not None:
+                # Exclusive: no files beside the given words.
+                value = f"{' -r' if option.value.place == _FILES else ' -x'}{_fish_value(option.value)}"
             lines.append(f"{here}{names}{value} -d {_quoted(option.help)}")
     return "\n".join(lines) + "\n"
 

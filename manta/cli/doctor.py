@@ -215,7 +215,7 @@ def _stale_mounts(_: Machine) -> Check:
     dead = [directory for directory, answer in ours.items() if answer is Answer.DEAD]
     silent = [directory for directory, answer in ours.items() if answer is Answer.SILENT]
     if dead:
-        advice = f"Free them: manta umount {dead[0]}. (A new daemon of the same cache directory does so too.)"
+        advice = f"Free them: manta umount {dead[-1]}. (A new daemon of the same cache directory does so too.)"
         return Check("mounts", "warn", f"{len(dead)} of {len(ours)} have no daemon any more: {', '.join(dead)}", advice)
     if silent:
         advice = f"Free them: manta umount --lazy {silent[0]}"

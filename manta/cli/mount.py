@@ -112,13 +112,13 @@ def prepare_directory(directory: str, config: Config, *, nonempty: bool) -> bool
         return True
     except FileExistsError:
         pass
-    except (FileNotFoundError, NotADirectoryError):
-        parent = os.path.dirname(directory)
-        raise Invalid(
-            f"{directory} cannot be made, because {parent} is no directory. (To mount one repo, name the repo and a directory:"
-            " manta mount ORG/NAME DIR.)"
-        ) from None
     except OSError as error:
+        parent = os.path.dirname(directory)
+        if not os.path.isdir(parent):
+            raise Invalid(
+                f"{directory} cannot be made, because {parent} is no directory. (To mount one repo, name the repo and a"
+                " directory: manta mount ORG/NAME DIR.)"
+            ) from None
         raise Denied(f"{directory} does not exist and cannot be made: {error.strerror}.") from error
     try:
         with os.scandir(directory) as entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ def prefetch(invocation: Invocation) -> int:
     if arguments.detach:
         console.document(job)
         console.tell(
-            f"The daemon fetches {job.name} ({size(job.bytes_total)}) in the background: `manta status` shows it."
+            f"The daemon fetches {title(job)} ({size(job.bytes_total)}) in the background: `manta status` shows it."
         )
         return 0
     started, had = time.monotonic(), job.bytes_done
@@ -40,7 +41,7 @@ def prefetch(invocation: Invocation) -> int:
         job = _cancel(client, job)
         console.document(job)
         console.warn(
-            f"stopped; {size(job.bytes_done)} of {size(job.bytes_total)} of {job.name} are in the cache and stay there."
+            f"stopped; {size(job.bytes_done)} of {size(job.bytes_total)} of {title(job)} are in the cache and stay there."
             " The same command continues from there"
         )
         return INTERRUPTED
@@ -53,7 +54,7 @@ def prefetch(invocation: Invocation) -> int:
             if fetched
             else "all cached"
         )
-        console.tell(f"{job.name}: {plural(job.files_total, 'file')}, {size(job.bytes_total)} in the cache ({how}).")
+        console.tell(f"{title(job)}: {plural(job.files_total, 'file')}, {size(job.bytes_total)} in the cache ({how}).")
         return 0
     for problem in job.problems:
         console.warn(problem)
@@ -61,7 +62,7 @@ def prefetch(invocation: Invocation) -> int:
         console.warn(f"somebody else cancelled it; {size(job.bytes_done)} of {size(job.bytes_total)} are in the cache")
     else:
         console.warn(
-            f"{job.name} is not complete: {size(job.bytes_done)} of {size(job.bytes_total)} are in the cache."
+            f"{title(job)} is not complete: {size(job.bytes_done)} of {size(job.bytes_total)} are in the cache."
             " The same command tries the rest again"
         )
     return 1
@@ -75,16 +76,24 @@ def follow(
     wait: Callable[[float], None] = time.sleep,
 ) -> Job:
     """Shows the job's progress until it ends; returns how it ended."""
-    progress = invocation.console.progress(job.name)
+    if job.state != "running":
+        return job
+    progress = invocation.console.progress(title(job))
     try:
-        while job.state == "running":
-            progress.show(job.bytes_done, job.bytes_total, detail=_files(job))
+        while True:
+            ended = job.state != "running"
+            progress.show(job.bytes_done, job.bytes_total, detail=_files(job), last=ended)
+            if ended:
+                return job
             wait(POLL_S)
             job = client.job(job.id)
-        progress.show(job.bytes_done, job.bytes_total, detail=_files(job), last=True)
-        return job
     finally:
         progress.end()
+
+
+def title(job: Job) -> str:
+    """Its name with a commit that a person can take in at a glance."""
+    return re.sub(r"@([0-9a-f]{12})[0-9a-f]{28}\b", r"@\1", job.name)
 
 
 def _files(job: Job) -> str:

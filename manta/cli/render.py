@@ -5,13 +5,16 @@ Answers go to stdout; progress, hints and errors to stderr, so that output can b
 
 from __future__ import annotations
 
-import json
-import shutil
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO
+
+AMOUNT_COLUMNS = 42
+"""Of "90.9 MB of 91.6 MB, 99.9 MB/s, 59 min 59 s left", nearly always."""
+BAR_COLUMNS_MIN = 6
 
 Clock = Callable[[], float]
 
@@ -122,6 +125,8 @@ class Console:
     def document(self, value: object) -> None:
         """The command's JSON document, with --json only. msgspec structs are allowed anywhere in it."""
         if self.as_json:
+            import json
+
             print(json.dumps(value, ensure_ascii=False, default=_plain), file=self._out)
 
     def flush(self) -> None:
@@ -139,6 +144,13 @@ def _plain(value: object) -> object:
     return msgspec.to_builtins(value, str_keys=True, enc_hook=str)
 
 
+def _columns(stream: IO[str]) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
 class Progress:
     """One line that moves: redrawn in place on a terminal, a line every few seconds elsewhere, nothing when `stream` is None.
 
@@ -150,7 +162,8 @@ class Progress:
         self._stream = stream
         self._clock = clock
         self._terminal = stream is not None and stream.isatty()
-        self._drawn_at = float("-inf")
+        # A terminal gets its line at once; a log only when there is something to tell.
+        self._drawn_at = float("-inf") if self._terminal else clock()
         self._width = 0
         self._samples: deque[tuple[float, int]] = deque()
 
@@ -163,15 +176,18 @@ class Progress:
         left = ""
         if not last and rate_now > 0 and done < total:
             left = f", {duration((total - done) / rate_now)} left"
-        tail = f"{size(done)} of {size(total)}, {rate(rate_now)}{left}{f', {detail}' if detail else ''}"
+        amount = f"{size(done)} of {size(total)}, {rate(rate_now)}{left}"
+        beside = f", {detail}" if detail else ""
         if not self._terminal:
-            print(f"{self.what}: {share(done, total)}, {tail}", file=self._stream, flush=True)
+            print(f"{self.what}: {share(done, total)}, {amount}{beside}", file=self._stream, flush=True)
             return
-        columns = shutil.get_terminal_size().columns
-        room = max(0, min(30, columns - len(self.what) - len(tail) - 12))
+        columns = _columns(self._stream)
+        # The bar's width depends on nothing that changes, or it would jump; the detail gets what is left.
+        room = min(30, columns - len(self.what) - AMOUNT_COLUMNS - 9)
         filled = room * done // total if total else room
-        bar = f" [{'#' * filled}{'.' * (room - filled)}]" if room >= 8 else ""
-        line = f"{self.what}{bar} {share(done, total):>4} {tail}"[: columns - 1]
+        bar = f" [{'#' * filled}{'.' * (room - filled)}]" if room >= BAR_COLUMNS_MIN else ""
+        line = f"{self.what}{bar} {share(done, total):>4} {amount}"
+        line = (line + beside if len(line + beside) < columns else line)[: columns - 1]
         # Blanks erase what a longer line left; no escape codes, so any terminal does.
         self._stream.write(f"\r{line}{' ' * max(0, self._width - len(line))}")
         self._stream.flush()
@@ -185,6 +201,8 @@ class Progress:
             self._width = 0
 
     def _rate(self, now: float, done: int) -> float:
+        if len(self._samples) == 1 and self._samples[0][1] == done:
+            self._samples.clear()  # the clock starts with the first byte
         self._samples.append((now, done))
         while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_WINDOW_S:
             self._samples.popleft()

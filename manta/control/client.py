@@ -167,6 +167,8 @@ class Client:
                     wire.settimeout(_left(deadline))
                     part = response.read1(65536)
                     if not part:
+                        if response.length:  # read1 takes an early end for the end
+                            raise http.client.IncompleteRead(bytes(content), response.length)
                         return response.status, bytes(content)
                     content += part
                     if len(content) > BODY_BYTES_MAX:

@@ -193,7 +193,8 @@ def _encode(answer: msgspec.Struct) -> bytes:
 
 
 async def _read_request(stream: trio.SocketStream, connection: h11.Connection) -> tuple[h11.Request, bytes]:
-    """Raises h11.RemoteProtocolError for what is no request, or one that asks for no body (HEAD). Reads little more than BODY_BYTES_MAX of a body."""
+    """Reads little more than BODY_BYTES_MAX of a body. Raises h11.RemoteProtocolError for what is no request, and for HEAD, whose answer
+    could say nothing."""
     request: h11.Request | None = None
     body = bytearray()
     while True:

@@ -77,12 +77,14 @@ class Fetcher:
             transfer = Transfer(blob, self._scheduler, self._on_asked, self._config.read_timeout_s)
             self._transfers[key] = transfer
             if blob.doubtful:
+                transfer.users += 1
+                transfer.settling = True
                 self._scheduler.hold(blob.id, math.inf)
                 self._nursery.start_soon(self._settle, transfer)
-            elif blob.complete and not blob.sealed:
-                self._grown(transfer)  # an earlier daemon was stopped before it could verify it
         transfer.sources.add(provenance)
         transfer.users += 1
+        if transfer.blob.complete and not transfer.blob.sealed:
+            self._grown(transfer)  # it could not be verified so far: an earlier daemon was stopped, or a worker died
         return transfer
 
     def close(self, transfer: Transfer) -> None:
@@ -92,9 +94,7 @@ class Fetcher:
 
     def _let_go(self, transfer: Transfer) -> None:
         blob = transfer.blob
-        if transfer.users == 0 and not self._scheduler.wants(blob.id) and not transfer.locating:
-            if blob.complete and not blob.sealed and transfer.broken is None:
-                return  # the sealer lets go of it
+        if transfer.users == 0 and not transfer.locating and not self._scheduler.wants(blob.id):
             self._transfers.pop(str(blob.id), None)
             blob.close()
 
@@ -142,45 +142,49 @@ class Fetcher:
             self._nursery.start_soon(self._locate, transfer)
 
     def _on_asked(self, transfer: Transfer) -> None:
-        if self._origin is None:
+        if self._origin is None and not transfer.settling:
             error = Unavailable(
                 f"{transfer.name} is not in the cache, and Manta is offline (--offline, MANTA_HUB_OFFLINE or HF_HUB_OFFLINE is set)."
                 " Unset it, or prefetch while online."
             )
-            self._scheduler.forget(transfer.blob.id)
-            transfer.fail(error)
+            self._give_up(transfer, error, None)
             return
         self._stirred.set()
 
     def _next_missing(self, blob_id: object, chunk: int) -> int | None:
         blob: Blob = self._transfers[str(blob_id)].blob
-        for candidate in range(chunk, len(blob.grid)):
+        if blob.complete:
+            return None
+        for candidate in range(max(chunk, blob.prefix_end // blob.grid.chunk_size), len(blob.grid)):
             if not blob.has(candidate):
                 return candidate
         return None
 
     async def _settle(self, transfer: Transfer) -> None:
         """Compares what a host crash put in doubt with its digests; everything wanted of the blob is on hold meanwhile."""
-        transfer.users += 1
+
+        def progress(_count: int) -> None:
+            trio.from_thread.check_cancelled()
+            trio.from_thread.run_sync(transfer.wake)
+
         try:
-            bad = await trio.to_thread.run_sync(settle_doubtful, transfer.blob)
+            bad = await trio.to_thread.run_sync(settle_doubtful, transfer.blob, progress)
             log.info("%s: %d chunks were damaged when the host crashed and are fetched anew", transfer.name, len(bad))
         except MantaError as e:
             self._give_up(transfer, e, None)
-        finally:
-            self._scheduler.release(transfer.blob.id)
-            transfer.wake()
-            self._grown(transfer)
-            self._stirred.set()
-            self.close(transfer)
+        transfer.settling = False
+        self._scheduler.release(transfer.blob.id)
+        transfer.stir()  # offline, who waits for what was damaged has to be told
+        self._grown(transfer)
+        self._stirred.set()
+        self.close(transfer)
 
     # One location ----------------------------------------------------------------------------------------------------
 
     async def _locate(self, transfer: Transfer) -> None:
         """Asks the hub where the blob's bytes are; everything wanted of the blob is on hold meanwhile."""
         try:
-            async with self._locating:
-                transfer.sources.location = await self._ask_for_location(transfer)
+            transfer.sources.location = await self._ask_for_location(transfer)
         except MantaError as e:
             self._give_up(transfer, e, None)
         finally:
@@ -198,7 +202,8 @@ class Fetcher:
             request = self._origin.location_request(
                 provenance.repo, provenance.commit, provenance.entry.path, provenance.access
             )
-            answer = await self._workers.locate(request.url, dict(request.headers), self._config.stall_s)
+            async with self._locating:
+                answer = await self._workers.locate(request.url, dict(request.headers), self._config.stall_s)
             attempts += 1
             pause = min(PAUSE_SECONDS * 2 ** (attempts - 1), PAUSE_SECONDS_MAX)
             try:
@@ -250,7 +255,11 @@ class Fetcher:
                 config.stall_s,
             )
 
+        came = 0
+
         def progress(at: int, upto: int) -> None:
+            nonlocal came
+            came += upto - at
             self.origin_meter.add(upto - at, trio.current_time())
             transfer.arrived(want.chunk, at, upto)
 
@@ -263,7 +272,7 @@ class Fetcher:
             self._give_up(transfer, e, want.chunk)
         else:
             if isinstance(answer, Failed):
-                self._after_failure(transfer, want, location, answer)
+                self._after_failure(transfer, want, location, answer, came)
             else:
                 self._scheduler.finished(want)
                 transfer.recorded(want.chunk)
@@ -271,13 +280,11 @@ class Fetcher:
         self._stirred.set()
         self._let_go(transfer)
 
-    def _after_failure(self, transfer: Transfer, want: Want, location: Location, failure: Failed | MantaError) -> None:
+    def _after_failure(self, transfer: Transfer, want: Want, location: Location, failure: Failed, came: int) -> None:
         now = trio.current_time()
-        if isinstance(failure, MantaError):
-            self._scheduler.finished(want)
-            self._give_up(transfer, failure, want.chunk)
-            return
-        if failure.reason not in {"cancelled", "throttled"}:
+        if failure.reason == "unavailable" and came:
+            transfer.attempts[want.chunk] = 1  # it got further: a link that breaks often is not one that leads nowhere
+        elif failure.reason not in {"cancelled", "throttled"}:
             transfer.attempts[want.chunk] = transfer.attempts.get(want.chunk, 0) + 1
         attempts = transfer.attempts.get(want.chunk, 1)
         verdict = judge(failure, attempts)

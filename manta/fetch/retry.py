@@ -28,7 +28,7 @@ class Verdict:
 
 
 def judge(failure: Failed, attempts: int) -> Verdict:
-    """`attempts` is how often this chunk has failed in a row, this one included (>= 1)."""
+    """`attempts` is how often this chunk has failed in a row without getting further, this one included (>= 1)."""
     pause = min(PAUSE_SECONDS * 2 ** (attempts - 1), PAUSE_SECONDS_MAX)
     more = attempts < ATTEMPTS_MAX
     match failure.reason:
@@ -37,7 +37,7 @@ def judge(failure: Failed, attempts: int) -> Verdict:
         case "throttled":
             # The wait is the origin's own word, and waiting costs it nothing: it does not count towards giving up. Readers have
             # their own deadline.
-            return Verdict(retry=True, origin_pause_s=failure.retry_after_s or pause)
+            return Verdict(retry=True, origin_pause_s=max(failure.retry_after_s, PAUSE_SECONDS))
         case "denied" | "absent":
             return Verdict(retry=attempts < DENIALS_MAX, pause_s=0.0 if attempts == 1 else pause, relocate=True)
         case "corrupt":

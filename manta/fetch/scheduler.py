@@ -2,7 +2,7 @@
 
 Wants come in four priorities. Each blob has one queue per priority; blobs of equal priority take turns, so that one file cannot starve
 another. A blob is skipped while it is on hold (its location is being asked for, or it is pausing after a failure); the whole origin can be
-on hold too (429).
+on hold too (429). A blob of which nothing is wanted or under way leaves no trace here, whatever had been asked of it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ class _Queues:
     whole: Priority | None = None  # PREFETCH or FILL: every chunk that is missing
     cursor: int = 0  # where to look for the next missing one
     running: set[int] = field(default_factory=set)
-    hold_until: float = 0.0
+    raised: dict[int, int] = field(default_factory=dict)
+    """Chunks under way that a reader waits for -> first byte: if the order comes to nothing, they are wanted at DEMAND."""
+
+    @property
+    def idle(self) -> bool:
+        return not (self.running or self.whole is not None or any(self.wanted))
 
 
 class Scheduler:
@@ -63,6 +68,7 @@ class Scheduler:
         self._missing = missing
         self._blobs: OrderedDict[BlobId, _Queues] = OrderedDict()  # in turn: the next to be served first
         self._running: dict[tuple[BlobId, int], Priority] = {}
+        self._holds: dict[BlobId, float] = {}  # until when; those over are dropped by `next`
         self._origin_hold_until = 0.0
 
     # What is wanted ------------------------------------------------------------------------------------------------
@@ -71,6 +77,8 @@ class Scheduler:
         """Adds one chunk at DEMAND or READAHEAD; a chunk that is under way or wanted already only rises in priority."""
         queues = self._blobs.setdefault(blob, _Queues())
         if chunk in queues.running:
+            if priority is Priority.DEMAND:
+                queues.raised.setdefault(chunk, first)
             return
         demand, ahead = queues.wanted
         if priority is Priority.DEMAND:
@@ -81,10 +89,11 @@ class Scheduler:
 
     def look_ahead(self, blob: BlobId, chunks: Iterable[tuple[int, int]]) -> None:
         """Replaces the readahead wants of `blob` by `chunks` (chunk, first byte): what an earlier window wanted is stale."""
-        queues = self._blobs.setdefault(blob, _Queues())
-        queues.wanted[Priority.READAHEAD].clear()
+        if (queues := self._blobs.get(blob)) is not None:
+            queues.wanted[Priority.READAHEAD].clear()
         for chunk, first in chunks:
             self.want(blob, chunk, Priority.READAHEAD, first)
+        self._drop_if_idle(blob)
 
     def want_whole(self, blob: BlobId, priority: Priority) -> None:
         """Every missing chunk of `blob`, at PREFETCH or FILL; the higher of what was asked for stays."""
@@ -94,29 +103,27 @@ class Scheduler:
 
     def forget(self, blob: BlobId) -> None:
         """Nothing of `blob` is wanted any more; what is under way ends by itself."""
-        queues = self._blobs.get(blob)
-        if queues is not None:
-            if queues.running:
-                for wanted in queues.wanted:
-                    wanted.clear()
-                queues.whole = None
-            else:
-                del self._blobs[blob]
+        if (queues := self._blobs.get(blob)) is not None:
+            for wanted in queues.wanted:
+                wanted.clear()
+            queues.raised.clear()
+            queues.whole = None
+            self._drop_if_idle(blob)
 
     def unwant_whole(self, blob: BlobId) -> None:
         """Background work on `blob` ends; readers' wants stay."""
         if (queues := self._blobs.get(blob)) is not None:
             queues.whole = None
+            self._drop_if_idle(blob)
 
     # What may go ---------------------------------------------------------------------------------------------------
 
     def hold(self, blob: BlobId, until: float) -> None:
-        """No order for `blob` before `until`; `release` ends it early. Use math.inf for "until released"."""
-        self._blobs.setdefault(blob, _Queues()).hold_until = until
+        """No order for `blob` before `until`; `release` ends it early. Use math.inf for "until released". The longest hold counts."""
+        self._holds[blob] = max(until, self._holds.get(blob, 0.0))
 
     def release(self, blob: BlobId) -> None:
-        if (queues := self._blobs.get(blob)) is not None:
-            queues.hold_until = 0.0
+        self._holds.pop(blob, None)
 
     def hold_origin(self, until: float) -> None:
         """No order at all before `until`: the origin said so."""
@@ -124,6 +131,8 @@ class Scheduler:
 
     def next(self, now: float) -> Want | None:
         """The next chunk to fetch, now counted as under way; None where nothing may go. `finished` must follow."""
+        for blob in [blob for blob, until in self._holds.items() if until <= now]:
+            del self._holds[blob]
         if now < self._origin_hold_until:
             return None
         demands = sum(1 for p in self._running.values() if p is Priority.DEMAND)
@@ -141,23 +150,32 @@ class Scheduler:
                 )
             if not room:
                 continue
-            for blob, queues in self._blobs.items():
-                if now < queues.hold_until:
+            for blob, queues in list(self._blobs.items()):
+                if blob in self._holds:
                     continue
                 taken = self._take(blob, queues, priority)
                 if taken is not None:
                     self._blobs.move_to_end(blob)
-                    queues.running.add(taken.chunk)
-                    self._running[blob, taken.chunk] = priority
+                    self._begin(queues, taken)
                     return taken
+                self._drop_if_idle(blob)
         return None
+
+    def _begin(self, queues: _Queues, taken: Want) -> None:
+        """Counts `taken` as under way. Background work may come to a chunk before the reader's turn: the reader's want is kept."""
+        self._running[taken.blob, taken.chunk] = taken.priority
+        queues.running.add(taken.chunk)
+        demand, ahead = queues.wanted
+        ahead.pop(taken.chunk, None)
+        if (first := demand.pop(taken.chunk, None)) is not None:
+            queues.raised[taken.chunk] = first
 
     def _take(self, blob: BlobId, queues: _Queues, priority: Priority) -> Want | None:
         if priority <= Priority.READAHEAD:
             wanted = queues.wanted[priority]
             while wanted:
                 wanted_chunk, first = wanted.popitem(last=False)
-                if self._missing(blob, wanted_chunk) == wanted_chunk and wanted_chunk not in queues.running:
+                if self._missing(blob, wanted_chunk) == wanted_chunk:
                     return Want(blob, wanted_chunk, priority, first)
             return None
         if queues.whole is not priority:
@@ -184,21 +202,26 @@ class Scheduler:
         self._running.pop((want.blob, want.chunk), None)
         queues = self._blobs[want.blob]
         queues.running.discard(want.chunk)
-        if not (queues.running or queues.whole is not None or any(queues.wanted)):
-            del self._blobs[want.blob]
+        queues.raised.pop(want.chunk, None)
+        self._drop_if_idle(want.blob)
 
     def again(self, want: Want) -> None:
-        """`want` was taken by `next` and came to nothing: it is finished, and still wanted as before."""
-        if want.priority <= Priority.READAHEAD:
-            queue = self._blobs[want.blob].wanted[want.priority]
-            queue[want.chunk] = want.first
+        """`want` was taken by `next` and came to nothing: it is finished, and still wanted as before, or as it is since."""
+        queues = self._blobs[want.blob]
+        raised = queues.raised.get(want.chunk)
+        priority, first = want.priority, want.first
+        if raised is not None and priority is not Priority.DEMAND:
+            priority, first = Priority.DEMAND, raised
+        if priority <= Priority.READAHEAD:
+            queue = queues.wanted[priority]
+            queue[want.chunk] = first
             queue.move_to_end(want.chunk, last=False)
         # PREFETCH and FILL need no more: their scan comes to the chunk again, as long as the whole blob is wanted.
         self.finished(want)
 
     def next_change(self, now: float) -> float | None:
         """When a hold ends that keeps something from going, in the clock of `now`; None where no hold has an end."""
-        ends = [q.hold_until for q in self._blobs.values() if now < q.hold_until]
+        ends = [until for blob, until in self._holds.items() if now < until and blob in self._blobs]
         if now < self._origin_hold_until:
             ends.append(self._origin_hold_until)
         finite = [end for end in ends if end != float("inf")]
@@ -209,5 +232,19 @@ class Scheduler:
         return len(self._running)
 
     def wants(self, blob: BlobId) -> bool:
-        """Whether anything of `blob` is wanted or under way."""
+        """Whether anything of `blob` is under way, or wanted and missing."""
+        queues = self._blobs.get(blob)
+        if queues is not None and not queues.running:
+            # What was wanted may have come otherwise.
+            for wanted in queues.wanted:
+                for chunk in [c for c in wanted if self._missing(blob, c) != c]:
+                    del wanted[chunk]
+            if queues.whole is not None and self._missing(blob, 0) is None:
+                queues.whole = None
+            self._drop_if_idle(blob)
         return blob in self._blobs
+
+    def _drop_if_idle(self, blob: BlobId) -> None:
+        queues = self._blobs.get(blob)
+        if queues is not None and queues.idle:
+            del self._blobs[blob]

@@ -7,6 +7,7 @@ bytes are still in the page cache when they are digested, and little is left to 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -32,41 +33,49 @@ REFETCHES_MAX = 1
 """A blob whose digest is wrong is fetched anew once. Wrong twice is not an accident of the network."""
 
 
-class Sealer:
-    """`failed` hears of each blob that is corrupt."""
+OnDiscard = Callable[[Transfer], None]
 
-    def __init__(self, workers: Workers, failed: OnFailure) -> None:
+
+class Sealer:
+    """`failed` hears of each blob that is corrupt, `discarded` of it too, once its bytes are not to be served any more."""
+
+    def __init__(self, workers: Workers, failed: OnFailure, discarded: OnDiscard) -> None:
         self._workers = workers
         self._failed = failed
+        self._discarded = discarded
         self._limiter = trio.CapacityLimiter(DIGESTS_MAX)
         self._following: set[Transfer] = set()
         self._nursery: trio.Nursery | None = None
-        self._waiting: list[Transfer] = []  # grown before `run`
         self._fetcher: Fetcher | None = None
 
     async def run(self, fetcher: Fetcher) -> None:
         """Follows the blobs named to `grown` as long as it is not cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery, self._fetcher = nursery, fetcher
-            for transfer in self._waiting:
-                self.grown(transfer)
-            self._waiting.clear()
-            await trio.sleep_forever()
+            for transfer in self._following:  # grown before now
+                nursery.start_soon(self._follow, transfer)
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None  # a chunk may still come while everything ends
 
     def grown(self, transfer: Transfer) -> None:
         """More of the blob is there."""
-        if self._nursery is None:
-            self._waiting.append(transfer)
-        elif transfer not in self._following and not transfer.blob.sealed and transfer.broken is None:
+        if transfer not in self._following and not transfer.blob.sealed and transfer.broken is None:
             self._following.add(transfer)
             transfer.users += 1
-            self._nursery.start_soon(self._follow, transfer)
+            if self._nursery is not None:
+                self._nursery.start_soon(self._follow, transfer)
 
     async def _follow(self, transfer: Transfer) -> None:
         assert self._fetcher is not None
         try:
             await self._advance(transfer)
         except MantaError as e:
+            if transfer.blob.complete:
+                transfer.unverified(e)
+            else:
+                transfer.stir()
             self._failed(transfer.sources.best, e)
         finally:
             self._following.discard(transfer)
@@ -74,10 +83,13 @@ class Sealer:
 
     async def _advance(self, transfer: Transfer) -> None:
         blob, failures = transfer.blob, 0
-        while not blob.sealed:
+        while not blob.sealed and transfer.broken is None:
+            if transfer.digested == 0 or transfer.generation != blob.generation:
+                # From the start, also when a chunk that was digested has been found damaged and thrown away since.
+                transfer.digested, transfer.generation = 0, blob.generation
             at = transfer.digested
             end = min(blob.prefix_end, at + STEP_BYTES_MAX)
-            if end <= at:
+            if end <= at and blob.size:
                 return  # `grown` comes again
             async with self._limiter:
                 answer = await self._workers.digest(str(blob.id), at, end, blob.size, blob.fd)
@@ -98,9 +110,15 @@ class Sealer:
     async def _conclude(self, transfer: Transfer, answer: Digested) -> None:
         blob = transfer.blob
         transfer.digested = 0
+        if blob.generation != transfer.generation:
+            return  # what was digested is not what is there
         if answer.hex == blob.id.hex:
-            await trio.to_thread.run_sync(blob.seal)
+            try:
+                await trio.to_thread.run_sync(blob.seal, transfer.generation)
+            except Corrupt:
+                return  # a chunk was thrown away in the meantime
             transfer.sealed.set()
+            transfer.stir()
             log.info("sealed %s (%s)", blob.id, transfer.name)
             return
         again = transfer.refetches < REFETCHES_MAX
@@ -114,6 +132,7 @@ class Sealer:
         )
         log.error("%s", error.message)
         blob.discard(error.message)
+        self._discarded(transfer)
         transfer.sources.location = None
         if again:
             transfer.refetches += 1

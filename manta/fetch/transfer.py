@@ -23,7 +23,7 @@ HEAD_START_BYTES = 256 * 1024
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    extent: Extent
+    extent: Extent | None  # None: the whole blob, and its seal
     woken: trio.Event = field(default_factory=trio.Event)
     error: MantaError | None = None
 
@@ -42,8 +42,14 @@ class Transfer:
         self.sealed = trio.Event()
         self.digested = 0
         """Bytes from its start that the digest worker has digested."""
+        self.generation = blob.generation
+        """The blob's generation when that digest was begun."""
+        self.settling = False
+        """What a host crash put in doubt is being compared with its digests."""
         self.locating = False
         self.attempts: dict[int, int] = {}
+        self.came = 0
+        """Bytes that have come for it, whatever became of them: tells slow from stuck."""
         self._arrived: dict[int, ExtentSet] = {}  # bytes of chunks that are not complete
         self._waiters: set[_Waiter] = set()
         self._scheduler = scheduler
@@ -114,26 +120,24 @@ class Transfer:
     async def complete(self) -> None:
         """Fetches all of it (PREFETCH) and returns when it is sealed. Raises what became of the fetch.
 
-        It has no deadline of its own: it gives up when nothing has come for the reader's patience.
+        It has no deadline of its own: it gives up when nothing has come for the reader's patience. Verifying what has come ends by
+        the digest worker's deadlines.
         """
         while not self.sealed.is_set():
             if self.broken is not None:
                 raise self.broken
-            waiter = _Waiter(Extent(0, self.blob.size))
+            waiter = _Waiter(None)
             self._waiters.add(waiter)
-            before = self.blob.cached_bytes
+            before = self.came
             try:
                 self.want_whole(Priority.PREFETCH)
                 with trio.move_on_after(self._patience_s) as patience:
-                    if self.blob.complete:
-                        await self.sealed.wait()
-                    else:
-                        await waiter.woken.wait()
+                    await waiter.woken.wait()
             finally:
                 self._waiters.discard(waiter)
             if waiter.error is not None:
                 raise waiter.error
-            if patience.cancelled_caught and not self.blob.complete and self.blob.cached_bytes == before:
+            if patience.cancelled_caught and not (self.blob.complete or self.settling) and self.came == before:
                 raise Unavailable(
                     f"{self.name}: nothing came for {self._patience_s:g} s. Try again; what is here stays."
                 )
@@ -155,6 +159,7 @@ class Transfer:
     def arrived(self, chunk: int, at: int, upto: int) -> None:
         """Bytes of an order under way are in the cache file."""
         self._arrived.setdefault(chunk, ExtentSet()).add(Extent(at, upto))
+        self.came += upto - at
         self.wake()
 
     def recorded(self, chunk: int) -> None:
@@ -170,17 +175,26 @@ class Transfer:
     def wake(self) -> None:
         """Wakes the waiters whose bytes are there."""
         for waiter in self._waiters:
-            if not waiter.woken.is_set() and self.readable(waiter.extent):
+            if not waiter.woken.is_set() and (
+                self.blob.complete if waiter.extent is None else self.readable(waiter.extent)
+            ):
                 waiter.woken.set()
 
     def fail(self, error: MantaError, chunk: int | None = None) -> None:
         """Gives `error` to those who wait for `chunk` (None: for anything)."""
         for waiter in self._waiters:
-            if chunk is None or chunk in self.blob.grid.chunks(waiter.extent):
+            if chunk is None or waiter.extent is None or chunk in self.blob.grid.chunks(waiter.extent):
+                waiter.error = error
+                waiter.woken.set()
+
+    def unverified(self, error: MantaError) -> None:
+        """Gives `error` to those who wait for the seal; readers have their bytes."""
+        for waiter in self._waiters:
+            if waiter.extent is None:
                 waiter.error = error
                 waiter.woken.set()
 
     def stir(self) -> None:
-        """Has every waiter look again and ask again: chunks it counted on are gone."""
+        """Has every waiter look again and ask again: the blob was sealed, or chunks it counted on are gone."""
         for waiter in self._waiters:
             waiter.woken.set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import signal
 import socket
@@ -142,13 +143,19 @@ class _Worker:
 
 
 def _spawn(role: Role) -> _Worker:
+    """Raises OSError."""
     ours, theirs = pair()
     with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "manta.worker", role, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
+        try:
+            process = subprocess.Popen(
+                # -P: whatever lies in the directory where the daemon was started must not stand in for a module.
+                [sys.executable, "-P", "-m", "manta.worker", role, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        except OSError:
+            ours.close()
+            raise
     return _Worker(role, process, _Channel(ours))
 
 
@@ -180,57 +187,66 @@ class WorkerPool:
         pause = RESTART_PAUSE_SECONDS
         while True:
             began = trio.current_time()
-            # In this thread: the worker's PR_SET_PDEATHSIG fires when the *thread* that started it ends.
-            worker = _spawn(role)
-            self._workers.append(worker)
             try:
-                await self._listen(worker)
-            finally:
-                self._workers.remove(worker)
-                self._bury(worker)
-            if trio.current_time() - began > STABLE_SECONDS:
-                pause = RESTART_PAUSE_SECONDS
-            log.warning(
-                "a %s worker (pid %d) ended with %s; starting another", role, worker.process.pid, _ending(worker)
-            )
+                # In this thread: the worker's PR_SET_PDEATHSIG fires when the *thread* that started it ends.
+                worker = _spawn(role)
+            except OSError as e:
+                log.error("no %s worker can be started (%s); trying again", role, e.strerror)
+            else:
+                self._workers.append(worker)
+                try:
+                    await self._listen(worker)
+                finally:
+                    self._workers.remove(worker)
+                    await self._bury(worker)
+                if trio.current_time() - began > STABLE_SECONDS:
+                    pause = RESTART_PAUSE_SECONDS
+                log.warning(
+                    "a %s worker (pid %d) ended with %s; starting another", role, worker.process.pid, _ending(worker)
+                )
             await trio.sleep(pause)
             pause = min(pause * 2, RESTART_PAUSE_SECONDS_MAX)
 
     async def _listen(self, worker: _Worker) -> None:
-        """Hands out answers until the worker's end of the socket is closed."""
-        while True:
-            try:
-                message = await worker.channel.receive()
-            except Closed:
-                return
-            except (ValueError, msgspec.MsgspecError):
-                log.error("a worker (pid %d) sent what is no message; it is replaced", worker.process.pid)
-                return
-            match message:
-                case Ready():
-                    worker.ready = True
-                    self._changed.set()
-                    self._changed = trio.Event()
-                case Progress():
-                    if (pending := worker.pending.get(message.order)) is not None:
-                        pending.scope.deadline = trio.current_time() + pending.silence_s
-                        if pending.progress is not None:
-                            pending.progress(message.at, message.upto)
-                case _:
-                    if (pending := worker.pending.pop(message.order, None)) is not None:
-                        pending.answer = message
-                        pending.answered.set()
+        """Hands out answers until the worker's end of the socket is closed, or it turns out not to be a worker."""
+        with trio.move_on_after(START_SECONDS_MAX) as starting:
+            while True:
+                try:
+                    message = await worker.channel.receive()
+                except Closed:
+                    return
+                except (ValueError, msgspec.MsgspecError):
+                    log.error("a worker (pid %d) sent what is no message; it is replaced", worker.process.pid)
+                    return
+                match message:
+                    case Ready():
+                        starting.deadline = math.inf
+                        worker.ready = True
+                        self._changed.set()
+                        self._changed = trio.Event()
+                    case Progress():
+                        if (pending := worker.pending.get(message.order)) is not None:
+                            pending.scope.deadline = trio.current_time() + pending.silence_s
+                            if pending.progress is not None:
+                                pending.progress(message.at, message.upto)
+                    case _:
+                        if (pending := worker.pending.pop(message.order, None)) is not None:
+                            pending.answer = message
+                            pending.answered.set()
+        log.error("a worker (pid %d) did not start in %.0f s; it is replaced", worker.process.pid, START_SECONDS_MAX)
 
     @staticmethod
-    def _bury(worker: _Worker) -> None:
+    async def _bury(worker: _Worker) -> None:
         """No process stays, no order stays unanswered."""
         worker.channel.close()
         worker.process.kill()
-        worker.process.wait()  # it has no way to refuse SIGKILL; a transfer in D state ends with its disk's request
         for number, pending in worker.pending.items():
             pending.answer = Failed(number, "unavailable", "was cut short: its worker process ended")
             pending.answered.set()
         worker.pending.clear()
+        with trio.CancelScope(shield=True):
+            # It has no way to refuse SIGKILL, but one in D state ends only with its disk's request: that is no reason to hold up readers.
+            await trio.to_thread.run_sync(worker.process.wait)
 
     # Orders ----------------------------------------------------------------------------------------------------------
 
@@ -268,6 +284,9 @@ class WorkerPool:
                 # The task in `_keep` sees the same end and answers for all; here it may have been first.
                 worker.pending.pop(number, None)
                 return Failed(number, "unavailable", "was cut short: its worker process ended")
+            except ValueError as e:
+                worker.pending.pop(number, None)
+                return Failed(number, "unavailable", f"cannot be ordered from a worker: {e}")
             except trio.Cancelled:
                 if worker.pending.pop(number, None) is not None and not scope.cancel_called:
                     worker.channel.cancel_nowait(number)

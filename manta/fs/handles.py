@@ -64,13 +64,16 @@ class BlobHandle:
         if not len(extent):
             return b""
         if not blob.complete:
-            # No checkpoint before `ensure` asks for what is read now, so the fetcher hears of both at once and sends this first; none after
-            # it either: what it found there is read at once.
+            # No checkpoint before `ensure` asks for what is read now, so the fetcher hears of both at once and sends this first.
             self._follow_up(self._readahead.observe(extent), extent)
+        while True:
+            # None after it either: what it found there is read at once, or in a thread, and then again if it was thrown away meanwhile.
             await transfer.ensure(extent)
-        data = await self._from_cache(extent)
-        self._count(len(data))
-        return data
+            generation = blob.generation
+            data = await self._from_cache(extent)
+            if blob.generation == generation:
+                self._count(len(data))
+                return data
 
     def _follow_up(self, ahead: range, extent: Extent) -> None:
         self._transfer.look_ahead(ahead, extent)

@@ -11,9 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from manta.fetch.sources import Provenance
+from manta.model.ids import BlobId
 
 FOREVER_SECONDS = 86400.0
 """How long the kernel may keep names and attributes that never change. A day, not for ever: nothing breaks if one was wrong."""
+
+
+def blob_key(blob: BlobId) -> str:
+    """The key of the node whose content is `blob`."""
+    return f"blob:{blob}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,7 @@ class BlobNode:
         entry = self.provenance.entry
         if entry.blob is None:
             return f"hidden:{self.provenance.repo}@{self.provenance.commit}:{entry.path}"
-        return f"blob:{entry.blob}"
+        return blob_key(entry.blob)
 
     @property
     def size(self) -> int:

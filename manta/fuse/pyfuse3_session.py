@@ -6,6 +6,7 @@ libfuse allows one session per process, and it runs in the daemon's trio thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyfuse3
+import trio
 
 from manta.errors import Absent, Denied, MantaError, Unavailable
 from manta.fs.filesystem import (
@@ -214,6 +216,14 @@ class Pyfuse3Session:
         pyfuse3.invalidate_entry_async(
             pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(name)), pyfuse3.InodeT(inode), ignore_enoent=True
         )
+
+    @staticmethod
+    async def forget_pages(inode: int) -> None:
+        """Has the kernel drop what it cached of a file. In a thread: it may wait for a page under read, which this thread serves."""
+        with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode
+            await trio.to_thread.run_sync(
+                pyfuse3.invalidate_inode, pyfuse3.InodeT(inode), False, abandon_on_cancel=True
+            )
 
     def close(self) -> None:
         """Unmounts where it still is, and ends the session."""

@@ -61,12 +61,19 @@ class Jobs:
     """Give it the daemon's nursery. A job that ended is kept for KEPT_SECONDS, so that who asked can see how it ended."""
 
     def __init__(
-        self, nursery: trio.Nursery, catalog: Catalog, fetcher: Fetcher, store: Store, ended: Callable[[], None]
+        self,
+        nursery: trio.Nursery,
+        catalog: Catalog,
+        fetcher: Fetcher,
+        store: Store,
+        discarded: Callable[[BlobId], None],
+        ended: Callable[[], None],
     ) -> None:
         self._nursery = nursery
         self._catalog = catalog
         self._fetcher = fetcher
         self._store = store
+        self._discarded = discarded
         self._ended = ended
         self._jobs: dict[str, _Job] = {}
         self._prefetching: Counter[BlobId] = Counter()
@@ -142,6 +149,7 @@ class Jobs:
                 for chunk in bad:
                     await trio.to_thread.run_sync(blob.clear, chunk)
                 if bad:
+                    self._discarded(blob_id)
                     raise Corrupt(
                         f"{blob.id}: {len(bad)} of {len(blob.grid)} chunks were damaged on the disk and thrown away; they are fetched anew"
                         " when they are read."

@@ -37,8 +37,8 @@ FROZEN_MAX = 1000
 """Repos that one mount of the whole hub may have opened."""
 
 TREES_MAX = 1000
-"""Trees that one mount may hold in memory: those of the repos it has opened and, in the hub-cache view, of each commit that was asked for by
-name or that a ref has meant since. A tree of a hundred files is about 50 KB."""
+"""Trees that one mount may hold in memory: of the repos it has opened and, in the hub-cache view, of each commit that was asked for or
+that a ref has meant since. A tree of a hundred files is about 50 KB."""
 
 
 @dataclass(eq=False)

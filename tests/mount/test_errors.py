@@ -34,12 +34,12 @@ def refused(node: Node, *arguments: str, token: str = "") -> str:
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("manta/no-such-repo", ["manta/no-such-repo", "does not exist", "token"]),
+        ("manta/no-such-repo", ["manta/no-such-repo", "does not exist", "HF_TOKEN"]),
         (f"{MODEL}@no-such-branch", ["no-such-branch"]),
         (f"{MODEL}@" + "0" * 40, ["0000000"]),
         (f"{MODEL}/no/such/folder", ["no/such/folder"]),
         (GATED, [GATED, "gated", "hf auth login"]),
-        (PRIVATE, [PRIVATE, "token"]),
+        (PRIVATE, [PRIVATE, "HF_TOKEN"]),
     ],
 )
 def test_what_the_hub_does_not_show(node: Node, target: str, words: list[str]) -> None:
@@ -125,11 +125,12 @@ def test_a_full_disk(hub: HubProcess, node: Node) -> None:
     run('mount -t tmpfs -o size=24m manta-test "$1"', node.cache)
     try:
         directory, other = node.mount(BIG), node.mount(MODEL)
+        run('cat "$1/config.json"', other)
         assert "No space left on device" in run('cat "$1/$2" > /dev/null', directory, BIG_FILE, code=1)
         assert any("full" in sentence for sentence in node.status()["errors"])
         assert "hidden_size" in run('cat "$1/config.json"', other)
-        node.unmount_all()
     finally:
+        node.unmount_all()
         run('umount "$1"', node.cache)
 
 

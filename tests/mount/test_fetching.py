@@ -126,7 +126,7 @@ def test_signed_urls_are_asked_for_again_before_they_expire(hub: HubProcess, nod
 
 
 def test_a_flipped_byte_never_ends_in_a_sealed_blob(hub: HubProcess, node: Node) -> None:
-    hub.add_fault(faults.Flip(offset=20 * MIB), origin="cdn", file=BIG_FILE, times=1)
+    hub.add_fault(faults.Flip(offset=20 * MIB), origin="cdn", file=BIG_FILE, range=(20 * MIB, 20 * MIB + 1), times=1)
     directory = node.mount(BIG)
     run('cat "$1/$2" > /dev/null', directory, BIG_FILE)
     wait_until(lambda: bool(node.status()["errors"]))

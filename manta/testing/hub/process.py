@@ -127,7 +127,7 @@ class HubProcess:
         """Start the process and wait until it listens; a failed start leaves nothing behind."""
         self._folder = Path(tempfile.mkdtemp(prefix="manta-hub-"))
         command = [*self._command, "--admin-socket", str(self._folder / "admin")]
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the hub
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
         self._process = process
         assert process.stdin is not None

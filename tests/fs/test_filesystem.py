@@ -1,0 +1,454 @@
+"""The filesystem without a kernel: names, listings, attributes, files, extended attributes, and what it forgets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from manta.config import FetchConfig
+from manta.errors import Absent, Denied, Invalid
+from manta.fs.filesystem import Attributes, Filesystem, Totals
+from manta.fs.inodes import ROOT
+from manta.fs.nodes import FOREVER_SECONDS, BlobNode, Folder, Node
+from manta.fs.views import LISTING_LIFETIME_SECONDS, REF_LIFETIME_SECONDS, HubCacheFolder, SnapshotFolder
+from manta.model.snapshot import FileEntry
+from tests.fs.fakes import (
+    CHUNK,
+    FIRST,
+    MODEL,
+    OTHER,
+    SECOND,
+    Blobs,
+    MemoryHub,
+    MemorySource,
+    content,
+    fetching,
+    hidden,
+    plain,
+)
+
+CONFIG = b'{"hidden_size": 384}'
+WEIGHTS = content(3 * CHUNK + 5)
+
+
+class Bench:
+    """A filesystem over a tree of one commit, with the store and the fetcher below it."""
+
+    def __init__(self, hub: MemoryHub, blobs: Blobs) -> None:
+        self.hub = hub
+        self.blobs = blobs
+        self.source = MemorySource(hub)
+        self.counted = 0
+
+    def over(self, root: Folder) -> Filesystem:
+        return Filesystem(root, self.blobs, self._count, fill=False)
+
+    def _count(self, count: int) -> None:
+        self.counted += count
+
+    def show(self, files: Iterable[FileEntry], folder: str = "") -> Filesystem:
+        return self.over(SnapshotFolder(self.source, self.hub.commit(MODEL, FIRST, files, "main"), folder))
+
+
+@asynccontextmanager
+async def bench(directory: Path, config: FetchConfig | None = None, *, seal: bool = True) -> AsyncIterator[Bench]:
+    hub = MemoryHub()
+    async with fetching(directory, hub, config, seal=seal) as blobs:
+        yield Bench(hub, blobs)
+
+
+async def listed(fs: Filesystem, inode: int, page: int = 7) -> dict[str, Attributes]:
+    """A listing as the kernel asks for it: in pages, each entry previewed and, where there is room, looked up."""
+    handle = await fs.open_folder(inode)
+    shown: dict[str, Attributes] = {}
+    start = 0
+    while entries := fs.list_folder(handle, start):
+        for name, node in entries[:page]:
+            attributes = fs.preview(handle, node)
+            assert fs.look_up_listed(handle, node) == attributes
+            shown[name] = attributes
+            start += 1
+        if len(entries) > page:
+            fs.preview(handle, entries[page][1])  # no room for this one: it comes again
+    fs.close_folder(handle)
+    return shown
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_names_lead_to_attributes(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("config.json", CONFIG), plain("onnx/model.onnx", WEIGHTS)])
+        config = await fs.look_up(ROOT, b"config.json")
+        assert config == Attributes(config.inode, "file", len(CONFIG), FOREVER_SECONDS, FOREVER_SECONDS)
+        onnx = await fs.look_up(ROOT, b"onnx")
+        assert (onnx.kind, onnx.size) == ("folder", 0)
+        model = await fs.look_up(onnx.inode, b"model.onnx")
+        assert (model.kind, model.size) == ("file", len(WEIGHTS))
+        assert fs.attributes(model.inode) == model
+        assert fs.attributes(ROOT).kind == "folder"
+        assert len({ROOT, config.inode, onnx.inode, model.inode}) == 4
+
+
+@pytest.mark.trio
+async def test_absent_names_are_remembered_as_long_as_the_folder_cannot_change(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("a", b"a")])
+        with pytest.raises(Absent):
+            await fs.look_up(ROOT, b"model.safetensors.index.json")
+        assert fs.absence_valid_s(ROOT) == FOREVER_SECONDS
+        assert fs.known_inodes == 1
+
+
+@pytest.mark.trio
+async def test_what_is_in_no_folder_the_kernel_may_name_is_not_remembered(tmp_path: Path) -> None:
+    """The session asks this in answer to any Absent: it must not fail there."""
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("a", b"a")])
+        with pytest.raises(Absent):
+            await fs.look_up(987654321, b"a")
+        assert fs.absence_valid_s(987654321) == 0
+        assert fs.absence_valid_s((await fs.look_up(ROOT, b"a")).inode) == 0
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    "name", ["with space.txt", "größe/模型 🐟.bin", " ", "a\nb", "%2F", "-rf", ".hidden", "x" * 255]
+)
+async def test_names_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain(name, b"content")])
+        inode = ROOT
+        for part in name.split("/"):
+            assert list(await listed(fs, inode)) == [part]
+            inode = (await fs.look_up(inode, part.encode())).inode
+        assert fs.attributes(inode).size == 7
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"caf\xe9", b"\xed\xa0\x80"])
+async def test_bytes_that_are_no_utf8_are_absent(tmp_path: Path, name: bytes) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("caf\u00e9", b"")])
+        with pytest.raises(Absent):
+            await fs.look_up(ROOT, name)
+        whole = b.over(HubCacheFolder(b.source, "1-hub"))
+        with pytest.raises(Absent):
+            await whole.look_up(ROOT, name)
+
+
+@pytest.mark.trio
+async def test_lookups_are_counted_and_forgotten(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("a", b"a"), plain("b", b"b")])
+        a = (await fs.look_up(ROOT, b"a")).inode
+        assert (await fs.look_up(ROOT, b"a")).inode == a
+        await listed(fs, ROOT)
+        assert fs.known_inodes == 3
+        fs.forget(a, 2)
+        assert fs.attributes(a).size == 1
+        fs.forget(a, 1)
+        with pytest.raises(Absent):
+            fs.attributes(a)
+        assert fs.known_inodes == 2
+        fs.forget(a, 5)
+        fs.forget(ROOT, 5)
+        assert fs.attributes(ROOT).kind == "folder"
+
+
+@pytest.mark.trio
+async def test_inodes_are_the_same_in_the_next_daemon_and_in_every_view(tmp_path: Path) -> None:
+    files = [plain("a/b/weights", WEIGHTS), plain("other name", WEIGHTS)]
+    seen: list[tuple[int, ...]] = []
+    for run in range(2):
+        async with bench(tmp_path / str(run)) as b:
+            fs = b.show(files)
+            a = (await fs.look_up(ROOT, b"a")).inode
+            ab = (await fs.look_up(a, b"b")).inode
+            weights = (await fs.look_up(ab, b"weights")).inode
+            assert (await fs.look_up(ROOT, b"other name")).inode == weights
+            b.hub.commit(OTHER, SECOND, [plain("copy", WEIGHTS)], None)
+            cache = b.over(HubCacheFolder(b.source, "2-org--other"))
+            repo = (await cache.look_up(ROOT, b"models--org--other")).inode
+            blobs = (await cache.look_up(repo, b"blobs")).inode
+            blob = plain("copy", WEIGHTS).blob
+            assert blob is not None
+            assert (await cache.look_up(blobs, blob.hex.encode())).inode == weights
+            seen.append((a, ab, weights, repo, blobs))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.trio
+async def test_what_is_no_folder_has_no_names_and_what_is_no_link_no_target(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("a", b"a")])
+        a = (await fs.look_up(ROOT, b"a")).inode
+        with pytest.raises(Invalid, match="not a directory"):
+            await fs.look_up(a, b"x")
+        with pytest.raises(Invalid, match="not a directory"):
+            await fs.open_folder(a)
+        with pytest.raises(Invalid, match="not a symbolic link"):
+            fs.read_link(a)
+        with pytest.raises(Invalid, match="not a file"):
+            fs.open_file(ROOT)
+
+
+@pytest.mark.trio
+async def test_inodes_that_nobody_gave_are_absent(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([])
+        uses: list[Callable[[int], object]] = [fs.attributes, fs.open_file, fs.read_link, fs.extended_attributes]
+        for use in uses:
+            with pytest.raises(Absent, match="424242"):
+                use(424242)
+        with pytest.raises(Absent, match="424242"):
+            await fs.open_folder(424242)
+
+
+# Listings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_listing_says_of_each_entry_what_a_lookup_says(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        b.hub.commit(MODEL, FIRST, [plain("config.json", CONFIG), plain("onnx/model.onnx", WEIGHTS)], None, "main")
+        cache = b.over(HubCacheFolder(b.source, "1-org--name", only=(MODEL, None)))
+        pending, seen = [ROOT], 0
+        while pending:
+            folder = pending.pop()
+            for name, attributes in (await listed(cache, folder)).items():
+                assert await cache.look_up(folder, name.encode()) == attributes, name
+                seen += 1
+                if attributes.kind == "folder":
+                    pending.append(attributes.inode)
+        assert seen == 15
+
+
+@pytest.mark.trio
+async def test_twelve_thousand_entries_are_listed_in_pages(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        names = [f"shard-{n:05}-of-12000.safetensors" for n in range(12_000)]
+        fs = b.show([plain(name, name.encode()) for name in names])
+        shown = await listed(fs, ROOT, page=128)
+        assert list(shown) == names
+        assert len({a.inode for a in shown.values()}) == 12_000
+        assert fs.known_inodes == 12_001
+        for attributes in shown.values():
+            fs.forget(attributes.inode, 1)
+        assert fs.known_inodes == 1
+
+
+@pytest.mark.trio
+async def test_a_preview_counts_nothing(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("a", b"a")])
+        handle = await fs.open_folder(ROOT)
+        [(_, node)] = fs.list_folder(handle, 0)
+        attributes = fs.preview(handle, node)
+        assert fs.known_inodes == 1
+        assert fs.look_up_listed(handle, node) == attributes
+        assert fs.known_inodes == 2
+
+
+@pytest.mark.trio
+async def test_a_listing_begins_anywhere_and_stays_what_it_was(tmp_path: Path) -> None:
+    class Growing(Folder):
+        key = "growing"
+        names: list[str]
+
+        async def child(self, name: str) -> Node:
+            raise Absent(name)
+
+        async def children(self) -> list[tuple[str, Node]]:
+            return [(name, BlobNode.__new__(BlobNode)) for name in self.names]
+
+    async with bench(tmp_path) as b:
+        folder = Growing()
+        folder.names = ["a", "b", "c"]
+        fs = b.over(folder)
+        handle = await fs.open_folder(ROOT)
+        folder.names = ["z"]
+        assert [name for name, _ in fs.list_folder(handle, 1)] == ["b", "c"]
+        assert list(fs.list_folder(handle, 3)) == []
+        assert list(fs.list_folder(handle, 1000)) == []
+        fs.close_folder(handle)
+        fs.close_folder(handle)
+        with pytest.raises(Invalid, match="not open"):
+            fs.list_folder(handle, 0)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_file_is_opened_read_and_closed(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([b.hub.lfs("weights", WEIGHTS)])
+        opened = fs.open_file((await fs.look_up(ROOT, b"weights")).inode)
+        assert opened.keep_cache
+        assert bytes(await fs.read(opened.handle, 5, 100)) == WEIGHTS[5:105]
+        assert b.counted == 100
+        assert (fs.open_files, b.blobs.opened) == (1, 1)
+        fs.close_file(opened.handle)
+        assert (fs.open_files, b.blobs.opened) == (0, 0)
+        fs.close_file(opened.handle)
+        assert b.blobs.opened == 0
+        with pytest.raises(Invalid, match="not open"):
+            await fs.read(opened.handle, 0, 1)
+
+
+@pytest.mark.trio
+async def test_a_file_without_bytes_needs_no_fetch(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("empty", b"")])
+        empty = await fs.look_up(ROOT, b"empty")
+        assert empty.size == 0
+        opened = fs.open_file(empty.inode)
+        assert opened.keep_cache
+        assert await fs.read(opened.handle, 0, 4096) == b""
+        assert b.blobs.opened == 0
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("size", [0, 100])
+async def test_what_the_hub_hides_is_shown_and_not_opened(tmp_path: Path, size: int) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([hidden("weights", size)])
+        found = await fs.look_up(ROOT, b"weights")
+        assert found.size == size
+        with pytest.raises(Denied, match=r"org/name/weights cannot be read: org/name is gated.*hf auth login"):
+            fs.open_file(found.inode)
+        assert fs.open_files == 0
+        assert fs.extended_attributes(found.inode) == {"user.manta.state": "hidden"}
+
+
+@pytest.mark.trio
+async def test_a_text_that_may_change_is_not_kept_by_the_kernel(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        b.hub.commit(MODEL, FIRST, [plain("a", b"a")], None, "main")
+        fs = b.over(HubCacheFolder(b.source, "1", only=(MODEL, None)))
+        repo = (await fs.look_up(ROOT, b"models--org--name")).inode
+        refs = (await fs.look_up(repo, b"refs")).inode
+        main = await fs.look_up(refs, b"main")
+        assert main == Attributes(main.inode, "file", 40, REF_LIFETIME_SECONDS, REF_LIFETIME_SECONDS)
+        assert fs.absence_valid_s(refs) == REF_LIFETIME_SECONDS
+        old = fs.open_file(main.inode)
+        assert not old.keep_cache
+        b.hub.commit(MODEL, SECOND, [plain("a", b"b")], "main")
+        assert (await fs.look_up(refs, b"main")).inode == main.inode
+        new = fs.open_file(main.inode)
+        assert await fs.read(old.handle, 0, 4096) == FIRST.encode()
+        assert await fs.read(new.handle, 0, 4096) == SECOND.encode()
+
+
+@pytest.mark.trio
+async def test_a_link_has_a_target(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        b.hub.commit(MODEL, FIRST, [plain("größe", b"x")], None)
+        fs = b.over(HubCacheFolder(b.source, "1", only=(MODEL, None)))
+        inode = ROOT
+        for name in ("models--org--name", "snapshots", FIRST, "größe"):
+            inode = (await fs.look_up(inode, name.encode())).inode
+        attributes, target = fs.attributes(inode), fs.read_link(inode)
+        assert (attributes.kind, attributes.size) == ("link", len(target))
+        assert target.startswith(b"../../blobs/")
+
+
+@pytest.mark.trio
+async def test_the_end_closes_what_is_open_and_forgets_what_was_known(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([b.hub.lfs("weights", WEIGHTS)])
+        inode = (await fs.look_up(ROOT, b"weights")).inode
+        fs.open_file(inode)
+        fs.open_file(inode)
+        await fs.open_folder(ROOT)
+        fs.close()
+        assert (fs.open_files, b.blobs.opened, fs.known_inodes) == (0, 0, 1)
+        assert (await fs.look_up(ROOT, b"weights")).inode == inode  # the next mount of the same daemon
+
+
+# Extended attributes and totals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_file_tells_how_much_of_it_is_cached(tmp_path: Path) -> None:
+    async with bench(tmp_path, seal=False) as b:
+        entry = b.hub.lfs("weights", WEIGHTS)
+        fs = b.show([entry])
+        inode = (await fs.look_up(ROOT, b"weights")).inode
+
+        def state() -> tuple[str, str]:
+            found = fs.extended_attributes(inode)
+            assert found.pop("user.manta.blob") == str(entry.blob)
+            assert set(found) == {"user.manta.state", "user.manta.cached_bytes"}
+            return found["user.manta.state"], found["user.manta.cached_bytes"]
+
+        assert state() == ("absent", "0")
+        opened = fs.open_file(inode)
+        await fs.read(opened.handle, 2 * CHUNK, 1)
+        transfer = b.blobs.fetcher.transfer(str(entry.blob))
+        assert transfer is not None
+        assert state() == ("partial", str(CHUNK))
+        await fs.read(opened.handle, 0, len(WEIGHTS))
+        assert state() == ("complete", str(len(WEIGHTS)))
+        transfer.blob.seal()
+        assert state() == ("sealed", str(len(WEIGHTS)))
+
+
+@pytest.mark.trio
+async def test_a_file_without_bytes_is_complete(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("empty", b"")])
+        found = fs.extended_attributes((await fs.look_up(ROOT, b"empty")).inode)
+        assert found["user.manta.state"] == "complete"
+
+
+@pytest.mark.trio
+async def test_a_folder_tells_its_repo_commit_and_what_is_cached_below_it(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([plain("onnx/model", WEIGHTS), plain("config.json", CONFIG)])
+        b.source.cached = {"onnx/model": 7, "config.json": 20}
+        names = {"user.manta.repo": "org/name", "user.manta.commit": FIRST}
+        assert fs.extended_attributes(ROOT) == {**names, "user.manta.cached_bytes": "27"}
+        onnx = (await fs.look_up(ROOT, b"onnx")).inode
+        assert fs.extended_attributes(onnx) == {**names, "user.manta.cached_bytes": "7"}
+
+
+@pytest.mark.trio
+async def test_texts_and_links_have_no_extended_attributes(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        b.hub.commit(MODEL, FIRST, [plain("a", b"x")], None, "main")
+        fs = b.over(HubCacheFolder(b.source, "1", only=(MODEL, None)))
+        for path in (["refs", "main"], ["snapshots", FIRST, "a"]):
+            inode = (await fs.look_up(ROOT, b"models--org--name")).inode
+            for name in path:
+                inode = (await fs.look_up(inode, name.encode())).inode
+            assert fs.extended_attributes(inode) == {}
+
+
+@pytest.mark.trio
+async def test_totals_are_those_of_all_mounts(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        fs = b.show([])
+        b.blobs.shown = (5 * 1024**3, 12)
+        assert fs.totals() == Totals(5 * 1024**3, 12)
+
+
+@pytest.mark.trio
+async def test_the_lifetime_of_absence_is_the_folders_own(tmp_path: Path) -> None:
+    async with bench(tmp_path) as b:
+        b.hub.commit(MODEL, FIRST, [plain("a", b"x")], None)
+        fs = b.over(HubCacheFolder(b.source, "1"))
+        assert fs.absence_valid_s(ROOT) == LISTING_LIFETIME_SECONDS
+        repo = (await fs.look_up(ROOT, b"models--org--name")).inode
+        snapshots = (await fs.look_up(repo, b"snapshots")).inode
+        assert fs.absence_valid_s(snapshots) == LISTING_LIFETIME_SECONDS
+        tree = (await fs.look_up(snapshots, FIRST.encode())).inode
+        assert fs.absence_valid_s(tree) == FOREVER_SECONDS
+        assert os.fsdecode(fs.read_link((await fs.look_up(tree, b"a")).inode)).count("../") == 2
