@@ -1,0 +1,82 @@
+"""The parts of a daemon that its operations need, over a hub in memory: real store, catalog, fetcher and sealer; no kernel, no process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from manta.cache.metadata import MetadataStore
+from manta.cache.pins import Pins
+from manta.config import CacheConfig
+from manta.control.protocol import Job, Mount, MountRequest
+from manta.hub.catalog import Catalog
+from manta.model.ids import BlobId
+from manta.operations.failures import Failures
+from manta.operations.housekeeping import Housekeeping
+from manta.operations.jobs import Jobs
+from manta.operations.mounts import Mounted, Mounts
+from tests.fs.fakes import ACCESS, Blobs, MemoryHub, fetching
+
+
+class Node:
+    """One daemon's operations. `gone`, `ended` and `discarded` are what they told the daemon."""
+
+    def __init__(self, hub: MemoryHub, blobs: Blobs, nursery: trio.Nursery, root: Path | None) -> None:
+        store = blobs.store
+        self.hub = hub
+        self.blobs = blobs
+        self.store = store
+        self.metadata = MetadataStore(store.layout.meta)
+        self.pins = Pins(store.layout.pins)
+        self.catalog = Catalog(hub, self.metadata, nursery, owner=ACCESS)
+        self.failures = Failures()
+        self.gone: list[str] = []
+        self.ended = 0
+        self.discarded: list[BlobId] = []
+        self.mounts = Mounts(self.catalog, store, root, lambda mounted: self.gone.append(mounted.id))
+        self.jobs = Jobs(nursery, self.catalog, blobs.fetcher, store, self.discarded.append, self._count_ended)
+        self.housekeeping = self.housekeeping_with(CacheConfig())
+
+    def housekeeping_with(self, config: CacheConfig) -> Housekeeping:
+        return Housekeeping(self.store, self.metadata, self.pins, config, self.mounted_blobs)
+
+    def mounted_blobs(self) -> set[BlobId]:
+        return {entry.blob for entry in self.mounts.files() if entry.blob is not None}
+
+    def _count_ended(self) -> None:
+        self.ended += 1
+
+    async def mount(self, request: MountRequest) -> Mounted:
+        return await self.mounts.create(request, ACCESS)
+
+    def describe(self, mounted: Mounted) -> Mount:
+        return self.mounts.describe(mounted, self.failures)
+
+    async def end_of(self, job: Job, wake_s: float = 0.1) -> Job:
+        """The job when it has ended. For tests whose clock jumps."""
+        while self.jobs[job.id].state == "running":
+            await trio.sleep(wake_s)
+        return self.jobs[job.id]
+
+
+@asynccontextmanager
+async def node(
+    directory: Path, hub: MemoryHub | None = None, *, root: Path | None = Path("/run/manta/x/root"), seal: bool = True
+) -> AsyncIterator[Node]:
+    hub = hub or MemoryHub()
+    async with fetching(directory, hub, seal=seal) as blobs, trio.open_nursery() as nursery:
+        yield Node(hub, blobs, nursery, root)
+        nursery.cancel_scope.cancel()
+
+
+def stored(node: Node) -> Callable[[BlobId], int]:
+    """How many bytes of a blob are in the cache."""
+
+    def cached(blob: BlobId) -> int:
+        info = node.store.find(blob)
+        return info.cached if info is not None else 0
+
+    return cached
