@@ -292,6 +292,13 @@ class Rig:
         """What the hub has sent of a file since the mount or download began."""
         return self.hub.blob_traffic(REPO, name)
 
+    def sending_s(self) -> float:
+        """Seconds from the first to the last byte of files that the hub sent since the mount began; beyond it, the link was idle."""
+        sent = [entry for entry in self.hub.log() if entry.kind == "blob" and entry.duration_s >= 0]
+        if not sent:
+            return math.nan
+        return max(entry.started + entry.duration_s for entry in sent) - min(entry.started for entry in sent)
+
     def check_digest(self, found: Measurement, name: str, *, block: int = 0) -> None:
         """Raises Corrupt unless every reader got the file's bytes. `block`: the digest is of blocks (readers.blocks_digest)."""
         wanted = self._facts[name].sha256 if block == 0 else self._blocks_digest(name, block)

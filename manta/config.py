@@ -404,7 +404,7 @@ def allowed(key: str) -> str:
 def check_key(key: str) -> None:
     """Raises Invalid, with the nearest known name, when no setting is called `key`."""
     if key not in _KINDS:
-        raise Invalid(f"There is no setting {key!r}{_did_you_mean(key, _KINDS)}. `manta config` lists all settings.")
+        raise Invalid(f"There is no setting {key!r}{did_you_mean(key, _KINDS)}. `manta config` lists all settings.")
 
 
 def _defaults(env: Mapping[str, str], home: Path, user_id: int) -> dict[str, object]:
@@ -450,7 +450,7 @@ def _from_environment(env: Mapping[str, str]) -> Iterable[tuple[str, object, Ori
         if name in keys:
             yield keys[name], env[name], Origin("environment", name)
         elif name != "MANTA_CONFIG" and not _SERVICE_LINK.fullmatch(name):
-            hint = _did_you_mean(name, keys)
+            hint = did_you_mean(name, keys)
             if hint or name.startswith(tuple(f"MANTA_{section.upper()}_" for section in _SECTIONS)):
                 raise Invalid(
                     f"The environment variable {name} is no setting of Manta{hint}. `manta config` lists all settings."
@@ -484,7 +484,7 @@ def _from_file(path: Path, *, must_exist: str) -> Iterable[tuple[str, object, Or
     for name, values in sections.items():
         if name not in _SECTIONS or not isinstance(values, dict):
             raise Invalid(
-                f"{name!r} in {path} is no section{_did_you_mean(name, _SECTIONS)}:"
+                f"{name!r} in {path} is no section{did_you_mean(name, _SECTIONS)}:"
                 f" expected [{'], ['.join(_SECTIONS[:-1])}] or [{_SECTIONS[-1]}]."
             )
         for entry, value in values.items():
@@ -492,7 +492,7 @@ def _from_file(path: Path, *, must_exist: str) -> Iterable[tuple[str, object, Or
             if key not in _KINDS:
                 known = [known.partition(".")[2] for known in _KINDS if known.startswith(f"{name}.")]
                 raise Invalid(
-                    f"{entry!r} in section [{name}] of {path} is no setting{_did_you_mean(entry, known)}:"
+                    f"{entry!r} in section [{name}] of {path} is no setting{did_you_mean(entry, known)}:"
                     f" expected {', '.join(known)}."
                 )
             yield key, value, Origin("file", str(path))
@@ -508,7 +508,8 @@ def _hf_true(value: str | None) -> bool:
     return value is not None and value.upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The part of a refusal that names the nearest of the known names; empty where none is near."""
     import difflib
 
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)

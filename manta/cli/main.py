@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import NoReturn
 from manta import __version__
 from manta.cli.invocation import Invocation
 from manta.cli.render import Console
+from manta.config import did_you_mean
 from manta.errors import Absent, Denied, InUse, Invalid, MantaError, NoSpace, NotRunning, Unavailable
 
 FAILED = 1
@@ -73,7 +75,9 @@ class Parser(argparse.ArgumentParser):
     """Whether options may stand between the arguments too: for commands; argparse cannot do it for groups of commands."""
 
     def error(self, message: str) -> NoReturn:
-        raise Invalid(f"{message}. See `{self.prog} --help`.")
+        unknown = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        hint = did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2])) if unknown else ""
+        raise Invalid(f"{message}{hint}. See `{self.prog} --help`.")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -464,7 +468,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
     parser = build_parser()
     if not given:
         parser.print_help()
-        raise SystemExit(EXIT_CODES[0][1])
+        raise SystemExit(2)
     return parser.parse_args(given)
 
 

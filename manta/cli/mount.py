@@ -176,9 +176,15 @@ def _give_up(client: Client, mounted: Mount) -> None:
 
 def _unbind_quietly(entry: MountEntry | None) -> None:
     """Ends this mount, unless somebody did so before and mounted something else there."""
-    if entry is not None and (now := mounted_at(entry.directory)) is not None and now.id == entry.id:
+    if entry is not None and _is_there(entry):
         with suppress(MantaError):
             unbind(entry.directory, lazy=True)
+
+
+def _is_there(entry: MountEntry) -> bool:
+    now = mounted_at(entry.directory)
+    # The kernel gives the number of a mount that is gone to the next one.
+    return now is not None and (now.id, now.device, now.root) == (entry.id, entry.device, entry.root)
 
 
 def _remove_directory(directory: str) -> None:
@@ -189,14 +195,15 @@ def _remove_directory(directory: str) -> None:
 def _stay(invocation: Invocation, client: Client, mounted: Mount) -> int:
     """Returns when the mount is gone, or a signal asks for its end."""
     directory, console = mounted.directory, invocation.console
-    ours = mounted_at(directory)
-    console.tell("Ctrl-C unmounts it.")
     try:
+        ours = mounted_at(directory)
+        console.tell("Ctrl-C unmounts it.")
+        console.flush()
         with MOUNTINFO.open("rb") as mountinfo:
             # The kernel marks mountinfo when anything is mounted or unmounted.
             poll = select.poll()
             poll.register(mountinfo.fileno(), select.POLLPRI | select.POLLERR)
-            while ours is not None and (now := mounted_at(directory)) is not None and now.id == ours.id:
+            while ours is not None and _is_there(ours):
                 poll.poll(WATCH_S * 1000)
                 with suppress(Unavailable):  # busy; what matters is whether it is there
                     client.status()

@@ -14,6 +14,8 @@ from typing import IO
 
 AMOUNT_COLUMNS = 42
 """Of "90.9 MB of 91.6 MB, 99.9 MB/s, 59 min 59 s left", nearly always."""
+DETAIL_COLUMNS = 17
+"""Of ", 1234/5678 files"."""
 BAR_COLUMNS_MIN = 6
 
 Clock = Callable[[], float]
@@ -183,7 +185,7 @@ class Progress:
             return
         columns = _columns(self._stream)
         # The bar's width depends on nothing that changes, or it would jump; the detail gets what is left.
-        room = min(30, columns - len(self.what) - AMOUNT_COLUMNS - 9)
+        room = min(30, columns - len(self.what) - AMOUNT_COLUMNS - (DETAIL_COLUMNS if detail else 0) - 9)
         filled = room * done // total if total else room
         bar = f" [{'#' * filled}{'.' * (room - filled)}]" if room >= BAR_COLUMNS_MIN else ""
         line = f"{self.what}{bar} {share(done, total):>4} {amount}"

@@ -55,6 +55,9 @@ START_S = 30.0
 HELD_S = 5.0
 """How long another daemon may still hold the cache directory before that is an error: one that is just exiting lets go soon."""
 
+END_S = 5.0
+"""For a daemon to end after SIGTERM."""
+
 RETRY_S = 0.05
 LOG_LINES = 8
 LOG_BYTES_MAX = 4 * 1024 * 1024
@@ -298,23 +301,16 @@ def _launch(config: Config, deadline: float) -> None:
         try:
             line = _read_line(ready, deadline)
         except BaseException:  # Ctrl-C: nobody would ever use what is starting
-            process.terminate()
-            _reap(process)
+            _end(process)
             raise
     finally:
         os.close(ready)
     log = config.log_path
     if line is None:
-        process.terminate()
-        _reap(process)
+        _end(process)
         raise Unavailable(f"The Manta daemon did not become ready in time; its log {log} ends: {_tail(log)}")
     if not line:
-        try:
-            ended = f"exit status {process.wait(timeout=ANSWER_S)}"
-        except subprocess.TimeoutExpired:
-            ended = "still there"
-            process.terminate()
-            _reap(process)
+        ended = f"exit status {_end(process, ANSWER_S)}"
         raise Unavailable(f"The Manta daemon ended before it was ready ({ended}); its log {log} ends: {_tail(log)}")
     # The daemon outlives this process. While this process lives, its end is collected here: no zombie in a foreground mount.
     _reap(process)
@@ -360,6 +356,18 @@ def _read_line(fd: int, deadline: float) -> str | None:
             break
         content += part
     return content.partition(b"\n")[0].decode(errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes], patience_s: float = 0.0) -> int:
+    """Waits for the end of a daemon that is of no use, helping after `patience_s`, so that it is not writing while we clean up."""
+    for helping, patience in ((None, patience_s), (process.terminate, END_S), (process.kill, END_S)):
+        if helping is not None:
+            helping()
+        try:
+            return process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
+    raise Unavailable(f"The Manta daemon (pid {process.pid}) cannot be ended: it is stuck in the kernel.")
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:

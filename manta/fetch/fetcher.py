@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import trio
@@ -174,7 +175,9 @@ class Fetcher:
             self._give_up(transfer, e, None)
         transfer.settling = False
         self._scheduler.release(transfer.blob.id)
-        transfer.stir()  # offline, who waits for what was damaged has to be told
+        transfer.wake()
+        if self._origin is None and self._scheduler.wants(transfer.blob.id):
+            self._on_asked(transfer)  # what is damaged cannot be had
         self._grown(transfer)
         self._stirred.set()
         self.close(transfer)
@@ -282,11 +285,11 @@ class Fetcher:
 
     def _after_failure(self, transfer: Transfer, want: Want, location: Location, failure: Failed, came: int) -> None:
         now = trio.current_time()
+        counts = transfer.attempts.setdefault(want.chunk, Counter())
         if failure.reason == "unavailable" and came:
-            transfer.attempts[want.chunk] = 1  # it got further: a link that breaks often is not one that leads nowhere
-        elif failure.reason not in {"cancelled", "throttled"}:
-            transfer.attempts[want.chunk] = transfer.attempts.get(want.chunk, 0) + 1
-        attempts = transfer.attempts.get(want.chunk, 1)
+            counts[failure.reason] = 0  # it got further: a link that breaks often is not one that leads nowhere
+        counts[failure.reason] += 1
+        attempts = counts[failure.reason]
         verdict = judge(failure, attempts)
         log.info(
             "chunk %d of %s (%s): %s; attempt %d, %s",

@@ -28,7 +28,7 @@ class Verdict:
 
 
 def judge(failure: Failed, attempts: int) -> Verdict:
-    """`attempts` is how often this chunk has failed in a row without getting further, this one included (>= 1)."""
+    """`attempts` is how often this chunk has failed for this reason in a row without getting further (>= 1)."""
     pause = min(PAUSE_SECONDS * 2 ** (attempts - 1), PAUSE_SECONDS_MAX)
     more = attempts < ATTEMPTS_MAX
     match failure.reason:

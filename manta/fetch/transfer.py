@@ -5,6 +5,7 @@ Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fet
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from manta.errors import MantaError, Unavailable
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Sources
 from manta.model.extents import Extent, ExtentSet
+from manta.wire.messages import Reason
 
 HEAD_START_BYTES = 256 * 1024
 """A reader that waits for bytes this close to a chunk's beginning gets them from a fetch of the whole chunk: at 1 Gbit/s the detour costs
@@ -47,7 +49,8 @@ class Transfer:
         self.settling = False
         """What a host crash put in doubt is being compared with its digests."""
         self.locating = False
-        self.attempts: dict[int, int] = {}
+        self.attempts: dict[int, Counter[Reason]] = {}
+        """How often each chunk has failed in a row, by reason: three broken connections must not count against a URL that expires then."""
         self.came = 0
         """Bytes that have come for it, whatever became of them: tells slow from stuck."""
         self._arrived: dict[int, ExtentSet] = {}  # bytes of chunks that are not complete

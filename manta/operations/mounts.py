@@ -217,6 +217,9 @@ class Mounts:
         request = msgspec.structs.replace(request, token="")
         mounted = Mounted(mount_id, request, target, commit, scope, root, trio.current_time(), request.directory)
         self._mounted[mount_id] = mounted
+        if self.direct:
+            # The top is the mount itself: what it lacks it goes on lacking.
+            self.folder.lifetime_s = root.lifetime_s
         log.info("mount %s: %s at %s for %s", mount_id, request.target or "the hub", commit or "-", request.directory)
         return mounted
 

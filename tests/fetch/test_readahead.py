@@ -20,7 +20,7 @@ def observe(readahead: Readahead, at: int, length: int = READ) -> range:
 
 
 def test_a_file_that_is_read_from_its_beginning_is_read_on_at_once() -> None:
-    assert observe(Readahead(GRID), 0) == range(0, 2)
+    assert observe(Readahead(GRID), 0) == range(2)
 
 
 def test_a_read_anywhere_else_reads_nothing_ahead() -> None:
@@ -36,7 +36,6 @@ def test_the_second_read_in_order_opens_a_window_of_one_chunk() -> None:
 def test_the_window_doubles_with_what_was_read_up_to_its_bound() -> None:
     readahead = Readahead(GRID)
     sizes = [len(observe(readahead, at)) for at in range(0, 50 * CHUNK, READ)]
-    assert sizes == sorted(sizes, key=lambda size: size // 2) or max(sizes) > 0
     windows = [max(sizes[n : n + 8]) for n in range(0, len(sizes), 8)]
     assert windows[0] <= 2 + 1
     assert windows[-1] == WINDOW_CHUNKS_MAX + 1  # and the rest of the chunk that is being read
@@ -54,7 +53,7 @@ def test_a_jump_ends_the_window_and_a_return_continues_it() -> None:
     for at in range(0, 4 * CHUNK, READ):
         before = observe(readahead, at)
     assert not observe(readahead, FAR)
-    assert observe(readahead, 4 * CHUNK) == range(before.start, before.stop) or observe(readahead, 4 * CHUNK + READ)
+    assert len(observe(readahead, 4 * CHUNK)) >= len(before)
 
 
 def test_requests_of_one_reader_may_come_in_any_order() -> None:

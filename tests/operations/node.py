@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from manta.cache.pins import Pins
 from manta.config import CacheConfig
 from manta.control.protocol import Job, Mount, MountRequest
 from manta.hub.catalog import Catalog
-from manta.model.ids import BlobId
+from manta.model.ids import BlobId, parse_target
 from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
@@ -35,6 +35,7 @@ class Node:
         self.failures = Failures()
         self.gone: list[str] = []
         self.ended = 0
+        self._one_ended = trio.Event()
         self.discarded: list[BlobId] = []
         self.mounts = Mounts(self.catalog, store, root, lambda mounted: self.gone.append(mounted.id))
         self.jobs = Jobs(nursery, self.catalog, blobs.fetcher, store, self.discarded.append, self._count_ended)
@@ -48,6 +49,8 @@ class Node:
 
     def _count_ended(self) -> None:
         self.ended += 1
+        self._one_ended.set()
+        self._one_ended = trio.Event()
 
     async def mount(self, request: MountRequest) -> Mounted:
         return await self.mounts.create(request, ACCESS)
@@ -55,11 +58,23 @@ class Node:
     def describe(self, mounted: Mounted) -> Mount:
         return self.mounts.describe(mounted, self.failures)
 
-    async def end_of(self, job: Job, wake_s: float = 0.1) -> Job:
-        """The job when it has ended. For tests whose clock jumps."""
+    async def end_of(self, job: Job) -> Job:
+        """The job when it has ended."""
         while self.jobs[job.id].state == "running":
-            await trio.sleep(wake_s)
+            await self._one_ended.wait()
         return self.jobs[job.id]
+
+    async def fetch(self, target: str) -> Job:
+        """Has all of `target` in the cache, sealed."""
+        job = await self.end_of(await self.jobs.prefetch(parse_target(target), ACCESS))
+        assert job.state == "done", job.problems
+        return job
+
+    def cached(self, blob: BlobId | None) -> int:
+        """How many bytes of a blob are in the cache."""
+        assert blob is not None
+        info = self.store.find(blob)
+        return info.cached if info is not None else 0
 
 
 @asynccontextmanager
@@ -70,13 +85,3 @@ async def node(
     async with fetching(directory, hub, seal=seal) as blobs, trio.open_nursery() as nursery:
         yield Node(hub, blobs, nursery, root)
         nursery.cancel_scope.cancel()
-
-
-def stored(node: Node) -> Callable[[BlobId], int]:
-    """How many bytes of a blob are in the cache."""
-
-    def cached(blob: BlobId) -> int:
-        info = node.store.find(blob)
-        return info.cached if info is not None else 0
-
-    return cached

@@ -12,7 +12,7 @@ from manta.errors import Absent, Denied, InUse, Invalid, Unavailable
 from manta.fetch.sources import Provenance
 from manta.fs.nodes import Folder, TextNode
 from manta.hub.origin import Access
-from manta.model.ids import Commit, Target, parse_target
+from manta.model.ids import Commit
 from manta.operations import mounts as mounts_module
 from manta.operations.mounts import BIND_SECONDS_MAX, Mounted, MountScope
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, THIRD, MemoryHub, content, lfs, plain
@@ -66,13 +66,8 @@ async def test_status_says_what_is_mounted(tmp_path: Path, hub: MemoryHub) -> No
         assert (said.files, said.size, said.cached) == (2, 2 + len(WEIGHTS), 0)
         assert not said.stale
         assert said.errors == []
-        await n.end_of(await n.jobs.prefetch(_target("org/name"), ACCESS), 0)
+        await n.fetch("org/name")
         assert n.describe(mounted).cached == 2 + len(WEIGHTS)
-
-
-def _target(text: str) -> Target:
-
-    return parse_target(text)
 
 
 @pytest.mark.trio
@@ -197,6 +192,7 @@ async def test_without_root_there_is_one_mount_and_it_is_the_filesystem(tmp_path
         assert n.mounts.source(mounted) == "/home/me/models"
         assert await names(n.mounts.folder) == ["config.json", "onnx"]
         assert n.mounts.folder.attributes()["commit"] == FIRST
+        assert n.mounts.folder.lifetime_s == mounted.root.lifetime_s > 0
         with pytest.raises(InUse, match=r"serves one mount, and it serves /home/me/models\..*--cache-dir"):
             await n.mount(MountRequest("org/other", "/home/me/other"))
         n.mounts.remove(mounted.id)

@@ -1,0 +1,77 @@
+"""manta.cli.cache: listing, verifying, pinning, removing."""
+
+from __future__ import annotations
+
+import pytest
+
+from manta.cli import prefetch
+from manta.control.protocol import CacheListing, Removal
+from tests.cli.conftest import Manta
+from tests.cli.fake_daemon import FakeDaemon, blob, job
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "POLL_S", 0.0)
+
+
+def test_ls(manta: Manta, daemon: FakeDaemon) -> None:
+    assert "is empty" in manta("cache", "ls").out
+    daemon.listing = CacheListing(
+        [
+            blob("b.bin", cached=250, sealed=False, in_use=True, pinned=True, last_used=1.0),
+            blob("a.bin", names=["org/name@0123/a.bin", "org/copy@4567/a.bin"]),
+            blob(names=[]),
+        ],
+        2250,
+        5000,
+    )
+    lines = manta("cache", "ls").out.splitlines()
+    assert "(of no stored commit)" in lines[1]
+    assert "org/name@0123/a.bin (+1)" in lines[2]
+    assert "250 B of 1.0 kB" in lines[3]
+    assert "25%" in lines[3]
+    assert "partial, pinned, in use" in lines[3]
+    assert lines[-1].startswith("3 blobs, 2.2 kB of at most 5.0 kB in ")
+    assert "a" * 64 in manta("cache", "ls", "-v").out
+    assert len(manta("cache", "ls", "--json").json["blobs"]) == 3
+
+
+def test_verify(manta: Manta, daemon: FakeDaemon) -> None:
+    daemon.jobs = [job("running", 0, name="cache", kind="verify"), job("done", 1000, name="cache", kind="verify")]
+    done = manta("cache", "verify")
+    assert done.code == 0, done.err
+    assert daemon.asked("POST", "/v1/cache/verify")[0].body == {"names": []}
+    assert "all as they were fetched" in done.out
+    daemon.jobs = [job("failed", 1000, name="cache", kind="verify", problems=["sha256-a: 1 of 2 chunks were damaged."])]
+    done = manta("cache", "verify", "org/name")
+    assert done.code == 1
+    assert "1 of 2 chunks were damaged" in done.err
+
+
+def test_pin_and_unpin(manta: Manta, daemon: FakeDaemon) -> None:
+    daemon.listing = CacheListing([blob(pinned=True)], 1000, 0)
+    assert manta("cache", "pin", "org/name", "sha256-x").out == "1 blob, 1.0 kB: pinned.\n"
+    assert daemon.requests[-1].body == {"names": ["org/name", "sha256-x"]}
+    assert "no longer pinned" in manta("cache", "unpin").out
+    assert daemon.requests[-1].body == {"names": []}
+    assert manta("cache", "pin").code == 2
+
+
+def test_rm_says_what_it_kept(manta: Manta, daemon: FakeDaemon) -> None:
+    daemon.removal = Removal([blob("a")], 1000, ["b is pinned."])
+    done = manta("cache", "rm", "org/name")
+    assert done.code == 1
+    assert "1 blob removed, 1.0 kB." in done.out
+    assert done.err == "manta: b is pinned.\n"
+    daemon.removal = Removal([], 0, [])
+    assert manta("cache", "rm", "org/name", "--json").json == {"removed": [], "freed": 0, "kept": []}
+    assert manta("cache", "rm").code == 2
+
+
+def test_gc(manta: Manta, daemon: FakeDaemon) -> None:
+    daemon.removal = Removal([blob("a")], 1000, [])
+    assert "would be removed" in manta("cache", "gc", "--size", "5GiB", "--dry-run").out
+    assert daemon.requests[-1].body == {"size": 5 * 1024**3, "dry_run": True}
+    assert manta("cache", "gc").code == 0
+    assert daemon.requests[-1].body == {"size": -1, "dry_run": False}
