@@ -310,7 +310,7 @@ class Daemon:
             origin_bytes=self._fetcher.origin_meter.total,
             read_bytes=self._read_bytes,
             workers=len(self._workers.pids),
-            errors=self._failures.all(),
+            errors=[*([self._pins.problem] if self._pins.problem else []), *self._failures.all()],
         )
 
     async def mount(self, request: MountRequest) -> Mount:
@@ -322,11 +322,15 @@ class Daemon:
             except MantaError:
                 self._mounts.remove(mounted.id)
                 raise
-            mounted.seen_bound = True
+            mounted.confirmed = True
         return self._mounts.describe(mounted, self._failures)
 
     async def bound(self, mount_id: str, bound: Bound) -> Mount:
-        return self._mounts.describe(self._mounts.bound(mount_id, bound.directory), self._failures)
+        mounted = self._mounts.bound(mount_id, bound.directory)
+        if not self._direct:
+            # Now, so that an unmount right after this is not taken for a binding that we cannot see.
+            self._mounts.drop_unbound(self._bound_roots(), trio.current_time())
+        return self._mounts.describe(mounted, self._failures)
 
     async def unmount(self, mount_id: str) -> Mount:
         mounted = self._mounts[mount_id]

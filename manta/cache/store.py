@@ -52,6 +52,7 @@ class Blob:
         self._fd = fd
         self._map = chunk_map
         self._holders = 1
+        self._used = True
         self._noting = threading.Lock()
         self._sealing = threading.Lock()
 
@@ -248,9 +249,10 @@ class Store:
         """Every blob in the cache, in no order. From memory."""
         return self._inventory.listing()
 
-    def open_blob(self, blob: BlobId, size: int) -> Blob:
+    def open_blob(self, blob: BlobId, size: int, *, use: bool = True) -> Blob:
         """The blob with that id and size, of which the cache may have all, some or nothing. The caller closes it.
 
+        `use` False: to look after it, which does not make it recently used.
         The first to open it pays for a few system calls and the reading of its map. Raises Corrupt where the cache has it open or sealed
         with another size, NoSpace and CacheBroken; then nothing of it is left behind.
         """
@@ -266,11 +268,13 @@ class Store:
                 )
             if opened is not None:
                 opened._holders += 1
+                opened._used = opened._used or use
                 return opened
             with disk_errors(self.layout.data(blob), "opening a blob"):
                 opened = self._open_files(blob, ChunkGrid(size, self._chunk_size), known is not None)
             self._open[blob] = opened
-            now = self._clock()
+            opened._used = use
+            now = self._clock() if use or known is None else known.last_used
             self._inventory.put(BlobInfo(blob, size, opened._map.kept_bytes, opened.sealed, now, in_use=True))
             self._stamp(opened, now)
             return opened
@@ -347,9 +351,11 @@ class Store:
             blob._holders -= 1
             if blob._holders:
                 return
-            now = self._clock()
-            self._stamp(blob, now)
-            self._inventory.update(blob.id, last_used=now, in_use=False)
+            if blob._used:
+                now = self._clock()
+                self._stamp(blob, now)
+                self._inventory.update(blob.id, last_used=now)
+            self._inventory.update(blob.id, in_use=False)
             del self._open[blob.id]
             blob._map.close()
             os.close(blob._fd)

@@ -49,6 +49,9 @@ class MountRequest(msgspec.Struct, frozen=True):
     token: str = ""
     """The caller's own token for the hub; empty: the daemon's. Kept in memory only."""
 
+    def __repr__(self) -> str:
+        return f"MountRequest(target={self.target!r}, directory={self.directory!r}, view={self.view!r})"
+
 
 class Bound(msgspec.Struct, frozen=True):
     directory: str
@@ -116,6 +119,9 @@ class Status(msgspec.Struct, frozen=True):
 class PrefetchRequest(msgspec.Struct, frozen=True):
     target: str
     token: str = ""
+
+    def __repr__(self) -> str:
+        return f"PrefetchRequest(target={self.target!r})"
 
 
 JobState = Literal["running", "done", "failed", "cancelled"]

@@ -282,6 +282,7 @@ class WorkerPool:
                 await pending.answered.wait()
             except Closed:
                 # The task in `_keep` sees the same end and answers for all; here it may have been first.
+                worker.ready = False
                 worker.pending.pop(number, None)
                 return Failed(number, "unavailable", "was cut short: its worker process ended")
             except ValueError as e:
@@ -293,6 +294,7 @@ class WorkerPool:
                 raise
         if pending.answer is None:
             log.error("a %s worker (pid %d) was silent for %.0f s; it is killed", role, worker.process.pid, limit_s)
+            worker.ready = False  # no more orders for it, until `_keep` has seen its end
             with contextlib.suppress(ProcessLookupError):
                 worker.process.send_signal(signal.SIGKILL)
             return Failed(number, "unavailable", "was cut short: its worker process was stuck")

@@ -50,7 +50,7 @@ class Snapshot:
         folders: dict[str, dict[str, FileEntry | None]] = {"": {}}
         for path, entry in self.files.items():
             parts = path.split("/")
-            if any(part in {"", ".", ".."} or "\0" in part for part in parts):
+            if any(part in {"", ".", ".."} or not _is_name(part) for part in parts):
                 raise Corrupt(f"The tree of {self.repo}@{self.commit} names {path!r}, which is not a path.")
             parent = ""
             for part in parts[:-1]:
@@ -75,3 +75,11 @@ class Snapshot:
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(entry.size for entry in self.files.values())
+
+
+def _is_name(part: str) -> bool:
+    """Whether a filesystem can have this name: no NUL, and nothing that UTF-8 cannot write (lone surrogates)."""
+    try:
+        return b"\0" not in part.encode()
+    except UnicodeEncodeError:
+        return False

@@ -144,7 +144,7 @@ class Jobs:
                 trio.from_thread.check_cancelled()  # between two chunks: a blob may take minutes
                 done[blob_id] += count
 
-            with self._store.open_blob(blob_id, size) as blob:
+            with self._store.open_blob(blob_id, size, use=False) as blob:
                 bad = await trio.to_thread.run_sync(verify_chunks, blob, progress)
                 for chunk in bad:
                     await trio.to_thread.run_sync(blob.clear, chunk)

@@ -125,7 +125,10 @@ class Mounted:
     root: Folder
     created: float
     directory: str
-    seen_bound: bool = False
+    confirmed: bool = False
+    """The caller says that it has bound it."""
+    seen: bool = False
+    """Its binding was in our mountinfo. One in another mount namespace never is, and cannot be missed either."""
 
 
 class _RootFolder(Folder):
@@ -226,7 +229,7 @@ class Mounts:
     def bound(self, mount_id: str, directory: str) -> Mounted:
         mounted = self[mount_id]
         mounted.directory = directory
-        mounted.seen_bound = True
+        mounted.confirmed = True
         return mounted
 
     def remove(self, mount_id: str) -> Mounted:
@@ -241,8 +244,8 @@ class Mounts:
         """Ends the mounts whose binding is gone. `bound_roots`: the directories of our filesystem that mountinfo shows bound."""
         for mounted in self:
             if mounted.id in bound_roots:
-                mounted.seen_bound = True
-            elif mounted.seen_bound or now - mounted.created > BIND_SECONDS_MAX:
+                mounted.seen = True
+            elif mounted.seen or (not mounted.confirmed and now - mounted.created > BIND_SECONDS_MAX):
                 self.remove(mounted.id)
 
     def source(self, mounted: Mounted) -> str:

@@ -577,3 +577,19 @@ def test_a_chunk_recorded_with_another_digest_under_a_seal_is_corrupt(store: Sto
         blob.record(0, chunk_digest(DATA[:CHUNK]))
         with pytest.raises(Corrupt):
             blob.record(0, chunk_digest(b"other bytes"))
+
+
+def test_looking_after_a_blob_is_not_using_it(store: Store, clock: Clock) -> None:
+    blob = store.open_blob(blob_id(b"x" * 10), 10)
+    blob.close()
+    info = store.find(blob.id)
+    assert info is not None
+    clock.now += 100
+    store.open_blob(blob.id, 10, use=False).close()
+    assert store.find(blob.id) == info
+    looked_after = store.open_blob(blob.id, 10, use=False)
+    store.open_blob(blob.id, 10).close()
+    looked_after.close()
+    used = store.find(blob.id)
+    assert used is not None
+    assert used.last_used == clock.now

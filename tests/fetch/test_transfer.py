@@ -95,7 +95,7 @@ def test_what_is_distrusted_is_not_readable(transfer: Transfer) -> None:
 
 def test_a_recorded_chunk_leaves_nothing_in_memory(transfer: Transfer) -> None:
     transfer.arrived(0, 0, CHUNK)
-    transfer.attempts[0] = Counter(unavailable=2)
+    transfer.attempts[0] = Counter(["unavailable"])
     record(transfer, 0)
     transfer.recorded(0)
     assert not transfer._arrived
@@ -224,9 +224,10 @@ async def test_a_deadline_is_told_with_what_to_do(autojump_clock: MockClock, tra
 
 @pytest.mark.trio
 async def test_a_waiter_that_leaves_leaves_nothing(autojump_clock: MockClock, transfer: Transfer) -> None:
-    for wait in (lambda: transfer.ensure(Extent(0, 10)), transfer.complete):
-        with trio.move_on_after(1):
-            await wait()
+    with trio.move_on_after(1):
+        await transfer.ensure(Extent(0, 10))
+    with trio.move_on_after(1):
+        await transfer.complete()
     assert not transfer._waiters
 
 

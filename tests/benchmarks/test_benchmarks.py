@@ -1,0 +1,55 @@
+"""The benchmarks themselves, far too small to say anything about speed: they run, find the right bytes, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as main_module
+from benchmarks import load, rig, scratch
+from manta.testing import netns
+
+OBSTACLE = netns.obstacle() or ("" if Path("/dev/fuse").exists() else "there is no /dev/fuse")
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.netns,
+    pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "possible"),
+]
+
+SMALL = {
+    "cold": ["--size", "16MiB", "--rounds", "1"],
+    "ttfb": ["--size", "1MiB", "--samples", "2", "--latency", "0.005"],
+    "parallel": ["--size", "16MiB"],
+    "load": ["--size", "16MiB"],
+}
+GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_it_runs_and_cleans_up(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "load":
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+    # Everybody's page cache is not a test's to drop.
+    for module in (rig, load):
+        monkeypatch.setattr(module, "drop_page_cache", lambda: None)
+    namespaces = set(os.listdir("/run/netns"))
+    results = tmp_path / "results.json"
+    folder = tmp_path / "scratch"
+    arguments = [name, *SMALL[name], "--scratch", str(folder), "--json", str(results), "--no-goals", "--no-chart"]
+    assert main_module.main(arguments) == 0, capsys.readouterr().err
+    document = json.loads(results.read_text())
+    assert document["runs"]
+    assert document["table"]
+    assert len(document["goals"]) == GOALS[name]
+    # Counts hold at any size, unlike ratios.
+    assert all(goal["met"] for goal in document["goals"] if goal["goal"] == "== 0")
+    assert list(folder.iterdir()) == []
+    assert [mount for mount in scratch.mountinfo() if mount[0].is_relative_to(tmp_path)] == []
+    ours = f"manta-{os.getpid()}-"
+    assert not [entry for entry in set(os.listdir("/run/netns")) - namespaces if entry.startswith(ours)]
