@@ -124,7 +124,8 @@ class Sampler:
                 if first:
                     self._base[key] = cpu_s
                 known = self._seen[name].get(key)
-                what = known.role if known else role(_command_line(pid))
+                # A process that was seen on its way into exec had no command line yet.
+                what = (known.role if known else "") or role(_command_line(pid))
                 self._seen[name][key] = ProcessUsage(pid, what, cpu_s - self._base.get(key, 0.0), rss_peak)
                 shares += pss
             self._pss[name] = max(self._pss[name], shares)

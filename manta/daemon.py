@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -61,6 +62,9 @@ log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 1.0
 """An ephemeral daemon stays this long without a mount, a job or a client: a script that unmounts and mounts again finds it still there."""
+
+INIT_SECONDS_MAX = 10.0
+"""The kernel and the session shake hands in a millisecond; after this the mount is used with the kernel's own settings."""
 
 MOUNTINFO_SECONDS = 5.0
 """mountinfo is looked at this often also when the kernel announces no change."""
@@ -135,7 +139,7 @@ class Daemon:
             listener = None
             try:
                 if not self._direct:
-                    self._mount_root(config.mount_root)
+                    await self._mount_root(config.mount_root)
                 listener = await self._control.listen()
                 nursery.start_soon(self._control.serve, listener)
                 nursery.start_soon(self._watch_mounts)
@@ -183,18 +187,23 @@ class Daemon:
 
     # The FUSE mount --------------------------------------------------------------------------------------------------
 
-    def _mount_root(self, root: Path) -> None:
+    async def _mount_root(self, root: Path) -> None:
         _detach_stale(root)
-        root.mkdir(mode=0o700, exist_ok=True)
-        self._start_session(root)
+        await trio.to_thread.run_sync(partial(root.mkdir, mode=0o700, exist_ok=True))
+        await self._start_session(root)
 
-    def _start_session(self, directory: Path) -> None:
-        """Raises Denied, Unavailable. The kernel's INIT is answered by the session's loop, so nobody may look before it runs."""
+    async def _start_session(self, directory: Path) -> None:
+        """Raises Denied, Unavailable."""
         session = Pyfuse3Session(self._filesystem, f"manta:{self._config.instance_dir.name}")
         session.mount(directory)
         self._session = session
         self._session_ended = trio.Event()
         self._nursery.start_soon(self._serve_session, session)
+        # The answer to the kernel's INIT, which the session's loop gives, would undo the settings: a statvfs comes after it. In a thread
+        # that may be left behind, because it is our own mount that it waits for.
+        with trio.move_on_after(INIT_SECONDS_MAX):
+            with contextlib.suppress(OSError):
+                await trio.to_thread.run_sync(os.statvfs, directory, abandon_on_cancel=True)
         if (entry := mounted_at(str(directory))) is not None:
             kernel_settings.apply(entry.device, self._config.fuse.readahead_kib, self._config.instance_dir)
 
@@ -318,7 +327,7 @@ class Daemon:
         mounted = await self._mounts.create(request, self._access_of(request.token))
         if self._direct:
             try:
-                self._start_session(Path(request.directory))
+                await self._start_session(Path(request.directory))
             except MantaError:
                 self._mounts.remove(mounted.id)
                 raise

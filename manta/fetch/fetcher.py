@@ -20,10 +20,10 @@ from manta.config import FetchConfig
 from manta.errors import BY_CODE, Denied, MantaError, Throttled, Unavailable
 from manta.fetch.meter import Meter
 from manta.fetch.retry import ATTEMPTS_MAX, PAUSE_SECONDS, PAUSE_SECONDS_MAX, judge
-from manta.fetch.scheduler import Scheduler, Want
+from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Provenance
 from manta.fetch.transfer import Transfer
-from manta.fetch.workers import Workers
+from manta.fetch.workers import Attention, Workers
 from manta.hub.origin import Location, Origin
 from manta.wire.messages import Failed, Fetch, Fetched
 
@@ -245,6 +245,7 @@ class Fetcher:
         blob, config = transfer.blob, self._config
         extent = blob.grid.extent(want.chunk)
         extents = [(e.start, e.end) for e in transfer.extents_for(want)]
+        attention = Attention(wanted=want.priority is Priority.DEMAND or transfer.awaited(want.chunk))
 
         def make(number: int) -> Fetch:
             return Fetch(
@@ -256,6 +257,7 @@ class Fetcher:
                 extents,
                 blob.size,
                 config.stall_s,
+                attention.wanted,
             )
 
         came = 0
@@ -266,8 +268,9 @@ class Fetcher:
             self.origin_meter.add(upto - at, trio.current_time())
             transfer.arrived(want.chunk, at, upto)
 
+        transfer.attentions[want.chunk] = attention
         try:
-            answer = await self._workers.fetch(make, blob.fd, progress)
+            answer = await self._workers.fetch(make, blob.fd, progress, attention)
             if isinstance(answer, Fetched):
                 blob.record(want.chunk, answer.digest)
         except MantaError as e:  # the disk refused the chunk map, or no worker could be had
@@ -280,6 +283,8 @@ class Fetcher:
                 self._scheduler.finished(want)
                 transfer.recorded(want.chunk)
                 self._grown(transfer)
+        finally:
+            del transfer.attentions[want.chunk]
         self._stirred.set()
         self._let_go(transfer)
 

@@ -15,6 +15,7 @@ from manta.cache.store import Blob
 from manta.errors import MantaError, Unavailable
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Sources
+from manta.fetch.workers import Attention
 from manta.model.extents import Extent, ExtentSet
 from manta.wire.messages import Reason
 
@@ -53,6 +54,8 @@ class Transfer:
         """How often each chunk has failed in a row, by reason: three broken connections must not count against a URL that expires then."""
         self.came = 0
         """Bytes that have come for it, whatever became of them: tells slow from stuck."""
+        self.attentions: dict[int, Attention] = {}
+        """By chunk: how to tell that a reader waits for an order under way."""
         self._arrived: dict[int, ExtentSet] = {}  # bytes of chunks that are not complete
         self._waiters: set[_Waiter] = set()
         self._scheduler = scheduler
@@ -90,6 +93,8 @@ class Transfer:
                     for chunk in self.blob.missing(extent):
                         first = max(extent.start, self.blob.grid.extent(chunk).start)
                         self._scheduler.want(self.blob.id, chunk, Priority.DEMAND, first)
+                        if (attention := self.attentions.get(chunk)) is not None:
+                            attention.want()
                     self._asked(self)
                     await waiter.woken.wait()
                     if self.readable(extent):
@@ -158,6 +163,10 @@ class Transfer:
         first = want.first if of_chunk.start + HEAD_START_BYTES < want.first < of_chunk.end else of_chunk.start
         arrived = self._arrived.setdefault(want.chunk, ExtentSet())
         return [*arrived.gaps(Extent(first, of_chunk.end)), *arrived.gaps(Extent(of_chunk.start, first))]
+
+    def awaited(self, chunk: int) -> bool:
+        """Whether a reader waits for bytes of the chunk."""
+        return any(w.extent is not None and chunk in self.blob.grid.chunks(w.extent) for w in self._waiters)
 
     def arrived(self, chunk: int, at: int, upto: int) -> None:
         """Bytes of an order under way are in the cache file."""

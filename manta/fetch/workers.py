@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 import msgspec
@@ -36,6 +37,7 @@ from manta.wire.messages import (
     Progress,
     Ready,
     ToWorker,
+    Watch,
     decode_from_worker,
     encode,
 )
@@ -57,12 +59,29 @@ Role = Literal["fetch", "digest"]
 OnProgress = Callable[[int, int], None]
 
 
+class Attention:
+    """Whether a reader waits for the bytes of an order, which may turn out while it is under way."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self.wanted = wanted
+        self.call: Callable[[], None] | None = None
+        """What tells the worker; set while it has the order."""
+
+    def want(self) -> None:
+        if not self.wanted:
+            self.wanted = True
+            if self.call is not None:
+                self.call()
+
+
 class Workers(Protocol):
     """Each call is one order; it is answered, or raises Unavailable when no worker could be had."""
 
     async def locate(self, url: str, headers: dict[str, str], deadline_s: float) -> Located | Failed: ...
 
-    async def fetch(self, order: Callable[[int], Fetch], fd: int, progress: OnProgress) -> Fetched | Failed: ...
+    async def fetch(
+        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, attention: Attention
+    ) -> Fetched | Failed: ...
 
     async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed: ...
 
@@ -89,10 +108,10 @@ class _Channel:
                 else:
                     return
 
-    def cancel_nowait(self, number: int) -> None:
-        """Tells the worker to stop working on an order, unless it is too busy to be told: then its answer goes nowhere."""
-        with contextlib.suppress(Closed, OSError):
-            send_nowait(self._socket, encode(Cancel(number)))
+    def tell_nowait(self, message: Cancel | Watch) -> None:
+        """Tells the worker about an order it has, unless it is too busy to be told: then it goes on as before."""
+        with contextlib.suppress(BlockingIOError, Closed, OSError):
+            send_nowait(self._socket, encode(message))
 
     async def receive(self) -> FromWorker:
         """Raises Closed at the end, ValueError for what is no message."""
@@ -255,10 +274,12 @@ class WorkerPool:
         assert isinstance(answer, Located | Failed)
         return answer
 
-    async def fetch(self, order: Callable[[int], Fetch], fd: int, progress: OnProgress) -> Fetched | Failed:
+    async def fetch(
+        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, attention: Attention
+    ) -> Fetched | Failed:
         # Until its first byte an order may wait for a connection and for the origin, a stall each; a redirect adds another.
         silence_s = 3 * order(0).stall_s
-        answer = await self._order("fetch", order, fd, progress, silence_s)
+        answer = await self._order("fetch", order, fd, progress, silence_s, attention)
         assert isinstance(answer, Fetched | Failed)
         return answer
 
@@ -269,7 +290,13 @@ class WorkerPool:
         return answer
 
     async def _order(
-        self, role: Role, make: Callable[[int], ToWorker], fd: int | None, progress: OnProgress | None, silence_s: float
+        self,
+        role: Role,
+        make: Callable[[int], ToWorker],
+        fd: int | None,
+        progress: OnProgress | None,
+        silence_s: float,
+        attention: Attention | None = None,
     ) -> Located | Fetched | Digested | Failed:
         worker = await self._pick(role)
         number = next(self._numbers)
@@ -278,7 +305,11 @@ class WorkerPool:
             pending = _Pending(progress, limit_s, scope)
             worker.pending[number] = pending
             try:
-                await worker.channel.send(make(number), fd)
+                await worker.channel.send(order := make(number), fd)
+                if attention is not None:
+                    attention.call = partial(worker.channel.tell_nowait, Watch(number))
+                    if attention.wanted and isinstance(order, Fetch) and not order.watched:
+                        attention.call()  # it became wanted while the worker was busy
                 await pending.answered.wait()
             except Closed:
                 # The task in `_keep` sees the same end and answers for all; here it may have been first.
@@ -290,8 +321,11 @@ class WorkerPool:
                 return Failed(number, "unavailable", f"cannot be ordered from a worker: {e}")
             except trio.Cancelled:
                 if worker.pending.pop(number, None) is not None and not scope.cancel_called:
-                    worker.channel.cancel_nowait(number)
+                    worker.channel.tell_nowait(Cancel(number))
                 raise
+            finally:
+                if attention is not None:
+                    attention.call = None
         if pending.answer is None:
             log.error("a %s worker (pid %d) was silent for %.0f s; it is killed", role, worker.process.pid, limit_s)
             worker.ready = False  # no more orders for it, until `_keep` has seen its end

@@ -27,7 +27,7 @@ import trio
 
 from manta.cache.digests import chunk_digest
 from manta.errors import MantaError
-from manta.fetch.workers import OnProgress
+from manta.fetch.workers import Attention, OnProgress
 from manta.wire.messages import Digest, Digested, Failed, Fetch, Fetched, Locate, Located, Reason
 from manta.worker.digester import Digester
 from manta.worker.failure import OrderFailed, disk_failure
@@ -171,7 +171,9 @@ class FakeWorkers:
             self._located[location] = url
             return Located(number, 302, url, {"location": location, "x-linked-size": str(len(data))})
 
-    async def fetch(self, order: Callable[[int], Fetch], fd: int, progress: OnProgress) -> Fetched | Failed:
+    async def fetch(
+        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, attention: Attention
+    ) -> Fetched | Failed:
         number = next(self._numbers)
         told = order(number)
         hub_url = self._located[told.url]

@@ -47,6 +47,12 @@ class Fetch(Message, frozen=True, tag="fetch"):
     blob_size: int
     stall_s: float
     """Give up when no byte has come for this long."""
+    watched: bool = True
+    """A reader waits for these bytes: report them as they come. Otherwise now and then is enough."""
+
+
+class Watch(Message, frozen=True, tag="watch"):
+    """A reader waits for the bytes of the Fetch `order` from now on."""
 
 
 class Digest(Message, frozen=True, tag="digest"):
@@ -118,7 +124,7 @@ class Failed(Message, frozen=True, tag="failed"):
     retry_after_s: float = 0.0
 
 
-ToWorker = Locate | Fetch | Digest | Cancel
+ToWorker = Locate | Fetch | Watch | Digest | Cancel
 FromWorker = Ready | Located | Progress | Fetched | Digested | Failed
 
 _encoder = msgspec.msgpack.Encoder()

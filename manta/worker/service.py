@@ -32,6 +32,7 @@ from manta.wire.messages import (
     Progress,
     Ready,
     ToWorker,
+    Watch,
     decode_to_worker,
     encode,
 )
@@ -112,6 +113,10 @@ class _Worker:
                 # The daemon's own messages are sound, so this is no daemon of this version: it replaces what does not answer.
                 print(f"manta worker {os.getpid()}: got what is no message, ending", file=sys.stderr)
                 break
+            if isinstance(order, Watch):
+                if self._origin is not None:
+                    self._origin.watch(order.order)
+                continue
             if isinstance(order, Cancel):
                 if task := self._tasks.get(order.order):
                     task.cancel()

@@ -28,12 +28,16 @@ class ChunkSink:
         end: int,
         progress: Callable[[int, int], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        watched: bool = True,
     ) -> None:
         self._fd = fd
         self._start = start
         self._end = end
         self._progress = progress
         self._clock = clock
+        self.watched = watched
+        """A reader waits: report bytes as they come. Otherwise `tell` is called now and then."""
         self._digest: RunningDigest | None = running_chunk_digest()
         self._digested = start
         self._at = start
@@ -64,11 +68,16 @@ class ChunkSink:
             else:
                 self._digest = None  # out of order: `finish` reads the chunk back instead
         self._at = at
-        if at - self._told >= PROGRESS_BYTES_MIN or self._told_when == 0.0:
+        if self.watched and (at - self._told >= PROGRESS_BYTES_MIN or self._told_when == 0.0):
             now = self._clock()
             if now - self._told_when >= PROGRESS_SECONDS_MIN:
                 self.tell()
                 self._told_when = now
+
+    @property
+    def at(self) -> int:
+        """Where the next byte goes."""
+        return self._at
 
     def tell(self) -> None:
         """Reports what has come and was not reported yet."""

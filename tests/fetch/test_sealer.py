@@ -267,6 +267,8 @@ async def test_a_chunk_that_is_cleared_while_it_is_digested_does_not_get_into_th
     async with world.running():
         file = world.publish("a", 3 * CHUNK)
         transfer = world.fetcher.open(file.provenance)
+        await world.read(file, transfer, 0, CHUNK)
+        await world.quiet_fetches()
         last = world.workers.fault("digest", hold=True, where=lambda o: getattr(o, "end", 0) == len(file.data))
         transfer.want_whole(Priority.FILL)
         await last.reached.wait()

@@ -19,7 +19,7 @@ import trio
 from manta.cache.digests import chunk_digest
 from manta.errors import Unavailable
 from manta.fetch import workers as module
-from manta.fetch.workers import WorkerPool
+from manta.fetch.workers import Attention, WorkerPool
 from manta.testing.hub import Generated, GeneratedContent, HubProcess, HubSpec, RepoSpec, faults
 from manta.wire.channel import receive_nowait
 from manta.wire.messages import Digested, Failed, Fetch, Fetched, Located
@@ -28,6 +28,10 @@ SIZE = 2_000_000
 REPO, FILE = "manta/one", "model.bin"
 DATA = GeneratedContent("one", SIZE).read()
 pytestmark = [pytest.mark.trio, pytest.mark.timeout(60)]
+
+
+def watched() -> Attention:
+    return Attention(wanted=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +106,7 @@ async def test_orders_are_carried_out(hub: HubProcess, cache_fd: int) -> None:
 
             async def fetch(start: int) -> None:
                 make = order(url, start, start + 100_000)
-                answer = await pool.fetch(make, cache_fd, lambda at, upto: told.append((at, upto)))
+                answer = await pool.fetch(make, cache_fd, lambda at, upto: told.append((at, upto)), watched())
                 assert isinstance(answer, Fetched)
                 assert answer.digest == chunk_digest(DATA[start : start + 100_000])
 
@@ -124,7 +128,7 @@ async def test_a_worker_that_is_killed_fails_its_orders_and_is_replaced(hub: Hub
         async with trio.open_nursery() as nursery:
 
             async def fetch() -> None:
-                answer = await pool.fetch(order(url), cache_fd, lambda *_: came.set())
+                answer = await pool.fetch(order(url), cache_fd, lambda *_: came.set(), watched())
                 assert isinstance(answer, Failed)
                 assert answer.reason == "unavailable"
                 assert "its worker process ended" in answer.message
@@ -133,7 +137,7 @@ async def test_a_worker_that_is_killed_fails_its_orders_and_is_replaced(hub: Hub
             await came.wait()
             fetcher = _fetcher_of(pool)
             os.kill(fetcher, signal.SIGKILL)
-        answer = await pool.fetch(order(url), cache_fd, lambda *_: None)
+        answer = await pool.fetch(order(url), cache_fd, lambda *_: None, watched())
         assert isinstance(answer, Fetched)
         assert fetcher not in pool.pids
         assert len(set(pool.pids) - before) == 1
@@ -147,10 +151,10 @@ async def test_a_worker_that_hangs_is_killed_and_replaced(
         url = await locate(pool, hub)
         stuck = _fetcher_of(pool)
         os.kill(stuck, signal.SIGSTOP)
-        answer = await pool.fetch(order(url, stall_s=0.1), cache_fd, lambda *_: None)
+        answer = await pool.fetch(order(url, stall_s=0.1), cache_fd, lambda *_: None, watched())
         assert isinstance(answer, Failed)
         assert "was stuck" in answer.message
-        assert isinstance(await pool.fetch(order(url), cache_fd, lambda *_: None), Fetched)
+        assert isinstance(await pool.fetch(order(url), cache_fd, lambda *_: None, watched()), Fetched)
         assert stuck not in pool.pids
 
 
@@ -166,15 +170,14 @@ async def test_a_worker_that_never_gets_ready_is_replaced(
     spawn = module._spawn
 
     def spy(role: module.Role) -> module._Worker:
-        worker = spawn(role)
-        if len(spawned := [*seen, worker.process.pid]) > 2:
+        if len(seen) == 2:  # one of each role was given up or is about to be
             monkeypatch.setattr(module, "START_SECONDS_MAX", 20.0)
             monkeypatch.setattr(sys, "executable", real)
             started.set()
-        seen[:] = spawned
-        return worker
+        seen.append(role)
+        return spawn(role)
 
-    seen: list[int] = []
+    seen: list[str] = []
     monkeypatch.setattr(module, "_spawn", spy)
     async with running() as pool:
         with pytest.raises(Unavailable, match="No fetch worker process could be started"):
@@ -228,13 +231,13 @@ async def test_an_order_that_is_cancelled_is_cancelled_in_the_worker(hub: HubPro
         hub.add_fault(faults.Stall(after_bytes=1000, seconds=60), origin="cdn", times=1)
         came = trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(pool.fetch, order(url), cache_fd, lambda *_: came.set())
+            nursery.start_soon(pool.fetch, order(url), cache_fd, lambda *_: came.set(), watched())
             await came.wait()
             nursery.cancel_scope.cancel()
         (worker,) = [w for w in pool._workers if w.role == "fetch"]
         assert not worker.pending
         await in_thread(lambda: hub.wait_for(1, origin="cdn", finished=True, timeout_s=10))
-        assert isinstance(await pool.fetch(order(url), cache_fd, lambda *_: None), Fetched)
+        assert isinstance(await pool.fetch(order(url), cache_fd, lambda *_: None, watched()), Fetched)
 
 
 async def test_an_order_that_is_too_large_is_a_failure_and_no_crash() -> None:
@@ -258,7 +261,7 @@ async def test_it_ends_while_orders_are_under_way(hub: HubProcess, cache_fd: int
         came = trio.Event()
         async with trio.open_nursery() as nursery:
             for _ in range(8):
-                nursery.start_soon(pool.fetch, order(url), cache_fd, lambda *_: came.set())
+                nursery.start_soon(pool.fetch, order(url), cache_fd, lambda *_: came.set(), watched())
             await came.wait()
             began = time.monotonic()
             nursery.cancel_scope.cancel()

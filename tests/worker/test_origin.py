@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -296,28 +297,37 @@ def test_slow_redirects_together_have_one_deadline(
     assert len([entry for entry in hub.log() if entry.origin == "cdn"]) < module.REDIRECTS_MAX
 
 
-def test_bytes_before_a_pause_are_told_of_while_it_lasts(hub: HubProcess, url: str, cache_fd: int, data: bytes) -> None:
+def test_bytes_before_a_pause_are_told_of_while_it_lasts(cache_fd: int, data: bytes) -> None:
     """The sender pauses after a burst of less than what progress is thinned to."""
-    hub.add_fault(faults.Stall(after_bytes=100_000, seconds=60), origin="cdn")
-    told = ExtentSet()
 
-    async def work(client: OriginClient) -> None:
-        all_there = asyncio.Event()
+    async def work() -> None:
+        first, second = asyncio.Event(), asyncio.Event()
 
-        def progress(at: int, upto: int) -> None:
-            told.add(Extent(at, upto))
-            if told.covers(Extent(START, START + 100_000)):
-                all_there.set()
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            head = f"HTTP/1.1 206 P\r\nContent-Range: bytes 0-99999/{SIZE}\r\nContent-Length: 100000\r\n\r\n"
+            writer.write(head.encode() + data[:10_000])
+            await first.wait()
+            writer.write(data[10_000:20_000])
+            await second.wait()
+            writer.close()
 
-        order = Fetch(1, url, {}, START, END, [(START, END)], SIZE, 60.0)
-        task = asyncio.create_task(client.fetch(order, cache_fd, progress))
-        await all_there.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        def progress(_at: int, upto: int) -> None:
+            (first if upto <= 10_000 else second).set()
 
-    run(work)
-    assert os.pread(cache_fd, 100_000, START) == data[START : START + 100_000]
+        client = OriginClient()
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        try:
+            async with asyncio.timeout(20):
+                with pytest.raises(OrderFailed, match="before the body was complete"):
+                    await client.fetch(Fetch(1, url, {}, 0, 100_000, [(0, 100_000)], SIZE, 60.0), cache_fd, progress)
+        finally:
+            await client.close()
+            server.close()
+        assert os.pread(cache_fd, 20_000, 0) == data[:20_000]
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("action", [faults.Flip(offset=1_500_000), faults.WrongRange(shift=8, body=True)])
@@ -356,10 +366,25 @@ def test_an_origin_that_is_down_is_named(hub: HubProcess, url: str, attempt: Any
     assert "127.0.0.1 cannot be reached" in outcome.message
 
 
-def test_a_host_without_an_address_is_named(attempt: Any) -> None:
+def test_a_host_without_an_address_is_named(attempt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", unknown)
     outcome = attempt("http://nobody.invalid/x?Signature=1")
     assert outcome.reason == "unavailable"
     assert "nobody.invalid cannot be found" in outcome.message
+
+
+def test_a_name_lookup_that_hangs_ends_the_order(attempt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", hang)
+    monkeypatch.setattr(module, "CONNECT_SECONDS_MAX", 0.1)
+    outcome = attempt("http://nobody.invalid/x?Signature=1")
+    assert outcome.reason == "unavailable"
+    assert "nobody.invalid took no connection" in outcome.message
 
 
 def test_what_is_no_http_is_named(attempt: Any) -> None:
