@@ -166,16 +166,18 @@ class Client:
             wire.settimeout(_left(deadline))
             with connection.getresponse() as response:
                 content = bytearray()
-                while True:
+                # When all is read, the response may be closed already, and the socket with it (3.13), or not (3.11).
+                while response.length != 0 and not response.isclosed():
                     wire.settimeout(_left(deadline))
                     part = response.read1(65536)
                     if not part:
-                        if response.length:  # read1 takes an early end for the end
-                            raise http.client.IncompleteRead(bytes(content), response.length)
-                        return response.status, bytes(content)
+                        break
                     content += part
                     if len(content) > BODY_BYTES_MAX:
                         raise http.client.HTTPException(f"an answer of more than {BODY_BYTES_MAX} bytes")
+                if response.length:  # read1 takes an early end for the end
+                    raise http.client.IncompleteRead(bytes(content), response.length)
+                return response.status, bytes(content)
         finally:
             connection.close()
 
