@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -174,7 +175,16 @@ def _fusermount(machine: Machine) -> Check:
     if not os.stat(path).st_mode & stat.S_ISUID:
         found = f"{path} is not set-uid" + (", and root needs none" if machine.user_id == 0 else "")
         return Check(name, needed, found, f"Users other than root need it set-uid: chmod u+s {path}, as root.")
-    return Check(name, "ok", path)
+    return Check(name, "ok", f"{path}, {_version(path)}")
+
+
+def _version(program: str) -> str:
+    """What it prints for --version: that of the installed libfuse, which has no other way to ask."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=HUB_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "version unknown"
+    return (done.stdout.strip().splitlines() or ["version unknown"])[0].replace("fusermount3 version:", "libfuse")
 
 
 def _privileges(machine: Machine) -> Check:

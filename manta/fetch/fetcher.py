@@ -244,7 +244,8 @@ class Fetcher:
     async def _carry_out(self, transfer: Transfer, want: Want, location: Location) -> None:
         blob, config = transfer.blob, self._config
         extent = blob.grid.extent(want.chunk)
-        extents = [(e.start, e.end) for e in transfer.extents_for(want)]
+        wanted, last = transfer.extents_for(want)
+        extents = [(e.start, e.end) for e in wanted]
         attention = Attention(wanted=want.priority is Priority.DEMAND or transfer.awaited(want.chunk))
 
         def make(number: int) -> Fetch:
@@ -257,6 +258,7 @@ class Fetcher:
                 extents,
                 blob.size,
                 config.stall_s,
+                last,
                 attention.wanted,
             )
 
@@ -271,7 +273,7 @@ class Fetcher:
         transfer.attentions[want.chunk] = attention
         try:
             answer = await self._workers.fetch(make, blob.fd, progress, attention)
-            if isinstance(answer, Fetched):
+            if isinstance(answer, Fetched) and last:
                 blob.record(want.chunk, answer.digest)
         except MantaError as e:  # the disk refused the chunk map, or no worker could be had
             self._scheduler.finished(want)
@@ -279,6 +281,10 @@ class Fetcher:
         else:
             if isinstance(answer, Failed):
                 self._after_failure(transfer, want, location, answer, came)
+            elif not last:
+                self._scheduler.finished(want)
+                self._scheduler.want_rest(blob.id, want.chunk)
+                transfer.stir()  # who waits for another part of the chunk asks for it now
             else:
                 self._scheduler.finished(want)
                 transfer.recorded(want.chunk)

@@ -19,6 +19,11 @@ BACKGROUND_BESIDE_DEMAND = 2
 readers a file would never be complete."""
 
 
+QUIET_SECONDS = 0.5
+"""How long after the last reader's wait background work takes all connections: a reader that jumps about waits again in milliseconds, and
+would share the link with eight transfers that began in between."""
+
+
 class Priority(enum.IntEnum):
     """Lower goes first."""
 
@@ -34,30 +39,40 @@ class Priority(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """One chunk to fetch, from byte `first` of the blob on where that lies in the chunk: a reader waits for it."""
+    """One chunk to fetch, from byte `first` of the blob on where that lies in the chunk: a reader waits for it.
+
+    `upto` 0: all of it. Otherwise the reader wants no more than the bytes up to there now, and the rest of the chunk can come later.
+    """
 
     blob: BlobId
     chunk: int
     priority: Priority
     first: int
+    upto: int = 0
+
+
+_Part = tuple[int, int]
+"""`first` and `upto` of a want."""
 
 
 @dataclass(slots=True)
 class _Queues:
     """What is wanted of one blob and not under way."""
 
-    wanted: tuple[OrderedDict[int, int], OrderedDict[int, int]] = field(
+    wanted: tuple[OrderedDict[int, _Part], OrderedDict[int, _Part]] = field(
         default_factory=lambda: (OrderedDict(), OrderedDict())
-    )  # DEMAND and READAHEAD: chunk -> first byte
+    )  # DEMAND and READAHEAD, by chunk
+    rest: OrderedDict[int, None] = field(default_factory=OrderedDict)  # chunks of which a reader has had a part: FILL
+    resting: set[int] = field(default_factory=set)  # those of them that are under way
     whole: Priority | None = None  # PREFETCH or FILL: every chunk that is missing
     cursor: int = 0  # where to look for the next missing one
     running: set[int] = field(default_factory=set)
-    raised: dict[int, int] = field(default_factory=dict)
-    """Chunks under way that a reader waits for -> first byte: if the order comes to nothing, they are wanted at DEMAND."""
+    raised: dict[int, _Part] = field(default_factory=dict)
+    """Chunks under way that a reader waits for: if the order comes to nothing, they are wanted at DEMAND."""
 
     @property
     def idle(self) -> bool:
-        return not (self.running or self.whole is not None or any(self.wanted))
+        return not (self.running or self.whole is not None or self.rest or any(self.wanted))
 
 
 class Scheduler:
@@ -70,22 +85,29 @@ class Scheduler:
         self._running: dict[tuple[BlobId, int], Priority] = {}
         self._holds: dict[BlobId, float] = {}  # until when; those over are dropped by `next`
         self._origin_hold_until = 0.0
+        self._demand_seen = float("-inf")
 
     # What is wanted ------------------------------------------------------------------------------------------------
 
-    def want(self, blob: BlobId, chunk: int, priority: Priority, first: int) -> None:
-        """Adds one chunk at DEMAND or READAHEAD; a chunk that is under way or wanted already only rises in priority."""
+    def want(self, blob: BlobId, chunk: int, priority: Priority, first: int, upto: int = 0) -> None:
+        """Adds one chunk at DEMAND or READAHEAD, see `Want`; one that is under way or wanted already only rises in priority."""
         queues = self._blobs.setdefault(blob, _Queues())
+        part = first, upto
         if chunk in queues.running:
             if priority is Priority.DEMAND:
-                queues.raised.setdefault(chunk, first)
+                queues.raised.setdefault(chunk, part)
             return
         demand, ahead = queues.wanted
         if priority is Priority.DEMAND:
             ahead.pop(chunk, None)
-            demand.setdefault(chunk, first)
+            if demand.setdefault(chunk, part) != part:
+                demand[chunk] = demand[chunk][0], 0  # two readers of two parts: all of it is soonest for both
         elif chunk not in demand:
-            ahead.setdefault(chunk, first)
+            ahead.setdefault(chunk, part)
+
+    def want_rest(self, blob: BlobId, chunk: int) -> None:
+        """A reader has had its part of `chunk`: the rest comes at FILL, before what nobody has asked for."""
+        self._blobs.setdefault(blob, _Queues()).rest[chunk] = None
 
     def look_ahead(self, blob: BlobId, chunks: Iterable[tuple[int, int]]) -> None:
         """Replaces the readahead wants of `blob` by `chunks` (chunk, first byte): what an earlier window wanted is stale."""
@@ -107,12 +129,16 @@ class Scheduler:
             for wanted in queues.wanted:
                 wanted.clear()
             queues.raised.clear()
+            queues.rest.clear()
+            queues.resting.clear()
             queues.whole = None
             self._drop_if_idle(blob)
 
     def unwant_whole(self, blob: BlobId) -> None:
         """Background work on `blob` ends; readers' wants stay."""
         if (queues := self._blobs.get(blob)) is not None:
+            queues.rest.clear()
+            queues.resting.clear()
             queues.whole = None
             self._drop_if_idle(blob)
 
@@ -136,6 +162,9 @@ class Scheduler:
         if now < self._origin_hold_until:
             return None
         demands = sum(1 for p in self._running.values() if p is Priority.DEMAND)
+        if demands:
+            self._demand_seen = now
+        quiet = now - self._demand_seen >= QUIET_SECONDS
         others = len(self._running) - demands
         background = sum(1 for p in self._running.values() if p >= Priority.PREFETCH)
         for priority in Priority:
@@ -146,7 +175,7 @@ class Scheduler:
                 room = others < self._connections
             else:
                 room = others < self._connections and background < (
-                    BACKGROUND_BESIDE_DEMAND if demands else self._connections
+                    self._connections if quiet else BACKGROUND_BESIDE_DEMAND
                 )
             if not room:
                 continue
@@ -167,17 +196,23 @@ class Scheduler:
         queues.running.add(taken.chunk)
         demand, ahead = queues.wanted
         ahead.pop(taken.chunk, None)
-        if (first := demand.pop(taken.chunk, None)) is not None:
-            queues.raised[taken.chunk] = first
+        queues.rest.pop(taken.chunk, None)
+        if (part := demand.pop(taken.chunk, None)) is not None:
+            queues.raised[taken.chunk] = part
 
     def _take(self, blob: BlobId, queues: _Queues, priority: Priority) -> Want | None:
         if priority <= Priority.READAHEAD:
             wanted = queues.wanted[priority]
             while wanted:
-                wanted_chunk, first = wanted.popitem(last=False)
+                wanted_chunk, part = wanted.popitem(last=False)
                 if self._missing(blob, wanted_chunk) == wanted_chunk:
-                    return Want(blob, wanted_chunk, priority, first)
+                    return Want(blob, wanted_chunk, priority, *part)
             return None
+        while priority is Priority.FILL and queues.rest:
+            rest, _ = queues.rest.popitem(last=False)
+            if self._missing(blob, rest) == rest and rest not in queues.running:
+                queues.resting.add(rest)
+                return Want(blob, rest, priority, 0)
         if queues.whole is not priority:
             return None
         chunk = self._next_idle(blob, queues, queues.cursor)
@@ -202,6 +237,7 @@ class Scheduler:
         self._running.pop((want.blob, want.chunk), None)
         queues = self._blobs[want.blob]
         queues.running.discard(want.chunk)
+        queues.resting.discard(want.chunk)
         queues.raised.pop(want.chunk, None)
         self._drop_if_idle(want.blob)
 
@@ -209,13 +245,15 @@ class Scheduler:
         """`want` was taken by `next` and came to nothing: it is finished, and still wanted as before, or as it is since."""
         queues = self._blobs[want.blob]
         raised = queues.raised.get(want.chunk)
-        priority, first = want.priority, want.first
+        priority, part = want.priority, (want.first, want.upto)
         if raised is not None and priority is not Priority.DEMAND:
-            priority, first = Priority.DEMAND, raised
+            priority, part = Priority.DEMAND, raised
         if priority <= Priority.READAHEAD:
             queue = queues.wanted[priority]
-            queue[want.chunk] = first
+            queue[want.chunk] = part
             queue.move_to_end(want.chunk, last=False)
+        elif want.chunk in queues.resting:
+            queues.rest[want.chunk] = None
         # PREFETCH and FILL need no more: their scan comes to the chunk again, as long as the whole blob is wanted.
         self.finished(want)
 
@@ -239,6 +277,8 @@ class Scheduler:
             for wanted in queues.wanted:
                 for chunk in [c for c in wanted if self._missing(blob, c) != c]:
                     del wanted[chunk]
+            for chunk in [c for c in queues.rest if self._missing(blob, c) != c]:
+                del queues.rest[chunk]
             if queues.whole is not None and self._missing(blob, 0) is None:
                 queues.whole = None
             self._drop_if_idle(blob)

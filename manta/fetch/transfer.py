@@ -24,6 +24,12 @@ HEAD_START_BYTES = 256 * 1024
 2 ms, a second request for the chunk's beginning costs a round trip."""
 
 
+PART_BYTES_MIN = 1024 * 1024
+"""A reader that jumps about gets its bytes by a request of its own, and the chunk's rest comes when no reader waits. Less than this is not
+worth the second request: 8 ms at 1 Gbit/s, as long as a near round trip. Measured at 1 Gbit/s, 512 MiB in random MiB by 1 and 2 threads:
+0.86-0.93 of the link with whole chunks, 0.93-0.95 with parts."""
+
+
 @dataclass(eq=False, slots=True)
 class _Waiter:
     extent: Extent | None  # None: the whole blob, and its seal
@@ -76,9 +82,10 @@ class Transfer:
                 return False
         return True
 
-    async def ensure(self, extent: Extent) -> None:
+    async def ensure(self, extent: Extent, *, onward: bool = True) -> None:
         """Returns once `extent` (within the blob) is in the cache file, to be read before the next checkpoint.
 
+        `onward`: the reader will read on, so the rest of each chunk is wanted as urgently.
         Raises what became of the fetch, or Unavailable when nothing came in time. Cancelling it cancels no fetch.
         """
         if self.readable(extent):
@@ -91,8 +98,10 @@ class Transfer:
                     if self.broken is not None:
                         raise self.broken
                     for chunk in self.blob.missing(extent):
-                        first = max(extent.start, self.blob.grid.extent(chunk).start)
-                        self._scheduler.want(self.blob.id, chunk, Priority.DEMAND, first)
+                        of_chunk = self.blob.grid.extent(chunk)
+                        first = max(extent.start, of_chunk.start)
+                        upto = 0 if onward else min(extent.end, of_chunk.end)
+                        self._scheduler.want(self.blob.id, chunk, Priority.DEMAND, first, upto)
                         if (attention := self.attentions.get(chunk)) is not None:
                             attention.want()
                     self._asked(self)
@@ -157,12 +166,20 @@ class Transfer:
 
     # For the fetcher -------------------------------------------------------------------------------------------------
 
-    def extents_for(self, want: Want) -> list[Extent]:
-        """What to fetch of a chunk, in order: from `want.first` on, then what lies before it; not what has arrived."""
+    def extents_for(self, want: Want) -> tuple[list[Extent], bool]:
+        """What to fetch of a chunk, in order, and whether the chunk is complete with it; not what has arrived.
+
+        From `want.first` on, up to `want.upto` where that says so; then what lies before it.
+        """
         of_chunk = self.blob.grid.extent(want.chunk)
         first = want.first if of_chunk.start + HEAD_START_BYTES < want.first < of_chunk.end else of_chunk.start
         arrived = self._arrived.setdefault(want.chunk, ExtentSet())
-        return [*arrived.gaps(Extent(first, of_chunk.end)), *arrived.gaps(Extent(of_chunk.start, first))]
+        whole = [*arrived.gaps(Extent(first, of_chunk.end)), *arrived.gaps(Extent(of_chunk.start, first))]
+        upto = max(want.upto, first + PART_BYTES_MIN)
+        if want.upto and upto + PART_BYTES_MIN <= of_chunk.end:
+            part = arrived.gaps(Extent(first, upto))
+            return part or whole, not part or part == whole
+        return whole, True
 
     def awaited(self, chunk: int) -> bool:
         """Whether a reader waits for bytes of the chunk."""

@@ -65,10 +65,13 @@ class BlobHandle:
             return b""
         if not blob.complete:
             # No checkpoint before `ensure` asks for what is read now, so the fetcher hears of both at once and sends this first.
-            self._follow_up(self._readahead.observe(extent), extent)
+            ahead = self._readahead.observe(extent)
+            self._follow_up(ahead, extent)
+        else:
+            ahead = range(0)
         while True:
             # None after it either: what it found there is read at once, or in a thread, and then again if it was thrown away meanwhile.
-            await transfer.ensure(extent)
+            await transfer.ensure(extent, onward=bool(ahead))
             generation = blob.generation
             data = await self._from_cache(extent)
             if blob.generation == generation:

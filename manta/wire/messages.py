@@ -47,6 +47,8 @@ class Fetch(Message, frozen=True, tag="fetch"):
     blob_size: int
     stall_s: float
     """Give up when no byte has come for this long."""
+    last: bool = True
+    """With these extents the chunk is complete, and its digest is wanted."""
     watched: bool = True
     """A reader waits for these bytes: report them as they come. Otherwise now and then is enough."""
 
@@ -96,7 +98,10 @@ class Progress(Message, frozen=True, tag="progress"):
 
 
 class Fetched(Message, frozen=True, tag="fetched"):
-    """The whole chunk is in the cache file. `digest` is its xxh3-128; `seconds` is from the request to the last byte."""
+    """The extents are in the cache file. `digest` is the chunk's xxh3-128 where it is complete, else empty.
+
+    `seconds` is from the request to the last byte.
+    """
 
     digest: bytes
     seconds: float

@@ -182,7 +182,7 @@ class OriginClient:
             for start, end in order.extents:
                 sink.begin(start)
                 await self._fetch_extent(order, url, start, end, sink, intake)
-            digest = sink.finish()
+            digest = sink.finish() if order.last else b""
         except aiohttp.ConnectionTimeoutError as e:
             raise OrderFailed("unavailable", f"{url.host} took no connection for {CONNECT_SECONDS_MAX:g} s") from e
         except TimeoutError as e:

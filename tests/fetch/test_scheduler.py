@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from manta.fetch.scheduler import BACKGROUND_BESIDE_DEMAND, Priority, Scheduler, Want
+from manta.fetch.scheduler import BACKGROUND_BESIDE_DEMAND, QUIET_SECONDS, Priority, Scheduler, Want
 from manta.model.ids import BlobAlgorithm, BlobId
 
 CHUNK = 100
@@ -176,7 +176,49 @@ def test_background_keeps_little_beside_readers_and_takes_all_when_they_are_done
     wants = bench.take()
     assert [want.priority for want in wants] == [Priority.DEMAND] + [Priority.PREFETCH] * BACKGROUND_BESIDE_DEMAND
     bench.fetched(wants[0])
+    assert bench.take() == []  # the reader may be back at once
+    bench.now += QUIET_SECONDS
     assert len(bench.take()) == 4 - BACKGROUND_BESIDE_DEMAND
+
+
+# Parts of chunks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_want_for_a_part_says_so_and_two_parts_are_the_whole(bench: Bench) -> None:
+    bench.scheduler.want(A, 1, Priority.DEMAND, 110, 120)
+    bench.scheduler.want(A, 2, Priority.DEMAND, 210, 220)
+    bench.scheduler.want(A, 2, Priority.DEMAND, 250, 260)
+    assert bench.take() == [Want(A, 1, Priority.DEMAND, 110, 120), Want(A, 2, Priority.DEMAND, 210, 0)]
+
+
+def test_the_rest_of_a_chunk_comes_before_what_nobody_asked_for(bench: Bench) -> None:
+    bench.scheduler.want(A, 7, Priority.DEMAND, 710, 720)
+    bench.scheduler.want_whole(A, Priority.FILL)
+    (first, *_) = bench.take()
+    bench.scheduler.finished(first)
+    bench.scheduler.want_rest(A, 7)
+    bench.now += QUIET_SECONDS
+    assert bench.take()[0] == Want(A, 7, Priority.FILL, 0)
+
+
+def test_a_rest_that_failed_is_wanted_again_unless_it_was_forgotten(bench: Bench) -> None:
+    bench.scheduler.want_rest(A, 7)
+    (rest,) = bench.take()
+    bench.scheduler.again(rest)
+    assert bench.take() == [rest]
+    bench.scheduler.forget(A)
+    bench.scheduler.again(rest)
+    assert bench.take() == []
+    bench.assert_nothing_left()
+
+
+def test_a_rest_that_a_reader_wants_is_fetched_once(bench: Bench) -> None:
+    bench.scheduler.want_rest(A, 7)
+    bench.demand(A, 7)
+    (want,) = bench.take()
+    assert want.priority is Priority.DEMAND
+    bench.fetched(want)
+    bench.assert_nothing_left()
 
 
 def test_readahead_and_background_share_connections(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from manta.cache.store import Store
 from manta.errors import Corrupt, NoSpace, Unavailable
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Provenance
-from manta.fetch.transfer import HEAD_START_BYTES, Transfer
+from manta.fetch.transfer import HEAD_START_BYTES, PART_BYTES_MIN, Transfer
 from manta.hub.origin import Access
 from manta.model.extents import Extent
 from manta.model.ids import BlobAlgorithm, BlobId, RepoId, RepoKind
@@ -62,7 +62,8 @@ def record(transfer: Transfer, chunk: int) -> None:
 
 
 def want(transfer: Transfer, chunk: int, first: int) -> list[tuple[int, int]]:
-    extents = transfer.extents_for(Want(BLOB, chunk, Priority.DEMAND, first))
+    extents, last = transfer.extents_for(Want(BLOB, chunk, Priority.DEMAND, first))
+    assert last
     return [(extent.start, extent.end) for extent in extents]
 
 
@@ -288,3 +289,47 @@ def test_readahead_goes_on_behind_the_read(transfer: Transfer) -> None:
     assert scheduler.next(0.0) == Want(BLOB, 0, Priority.READAHEAD, 300_000)
     assert scheduler.next(0.0) == Want(BLOB, 2, Priority.READAHEAD, 2 * CHUNK)
     assert scheduler.next(0.0) is None
+
+
+# Parts -------------------------------------------------------------------------------------------------------------------
+
+BIG_CHUNK = 8 * PART_BYTES_MIN
+
+
+@pytest.fixture
+def roomy(tmp_path: Path, asked: Asked) -> Iterator[Transfer]:
+    """A transfer whose chunks have room for parts."""
+    with Store(tmp_path / "big", chunk_size=BIG_CHUNK) as store, store.open_blob(BLOB, 3 * BIG_CHUNK) as blob:
+        yield Transfer(blob, Scheduler(4, lambda _blob, chunk: chunk), asked, 60.0)
+
+
+def part(transfer: Transfer, first: int, upto: int) -> tuple[list[tuple[int, int]], bool]:
+    extents, last = transfer.extents_for(Want(BLOB, 1, Priority.DEMAND, first, upto))
+    return [(extent.start, extent.end) for extent in extents], last
+
+
+def test_a_reader_that_jumps_about_gets_its_part_first(roomy: Transfer) -> None:
+    first = BIG_CHUNK + 3 * PART_BYTES_MIN
+    assert part(roomy, first, first + 4096) == ([(first, first + PART_BYTES_MIN)], False)
+    assert part(roomy, first, first + 2 * PART_BYTES_MIN) == ([(first, first + 2 * PART_BYTES_MIN)], False)
+    # Near the chunk's beginning the part begins there.
+    assert part(roomy, BIG_CHUNK + 10, BIG_CHUNK + 20) == ([(BIG_CHUNK, BIG_CHUNK + PART_BYTES_MIN)], False)
+
+
+def test_a_part_that_leaves_little_is_the_whole_chunk(roomy: Transfer) -> None:
+    first = 2 * BIG_CHUNK - PART_BYTES_MIN - 5
+    assert part(roomy, first, first + 10) == ([(first, 2 * BIG_CHUNK), (BIG_CHUNK, first)], True)
+
+
+def test_what_has_arrived_of_a_part_is_left_out_and_the_last_part_completes_the_chunk(roomy: Transfer) -> None:
+    first = BIG_CHUNK + 3 * PART_BYTES_MIN
+    upto = first + PART_BYTES_MIN
+    roomy.arrived(1, first, first + 1000)
+    assert part(roomy, first, first + 4096) == ([(first + 1000, upto)], False)
+    roomy.arrived(1, BIG_CHUNK, first)
+    roomy.arrived(1, upto, 2 * BIG_CHUNK)
+    assert part(roomy, first, first + 4096) == ([(first + 1000, upto)], True)
+    # A part that is all there has nothing to ask for: the rest of the chunk then.
+    roomy.distrust(1)
+    roomy.arrived(1, first, upto)
+    assert part(roomy, first, first + 4096) == ([(upto, 2 * BIG_CHUNK), (BIG_CHUNK, first)], True)
