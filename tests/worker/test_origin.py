@@ -85,12 +85,13 @@ def attempt(cache_fd: int, data: bytes) -> Callable[..., Outcome]:
         blob_size: int = SIZE,
         true: bytes = data,
         believe: bool = False,
+        last: bool = True,
+        watched: bool = True,
     ) -> Outcome:
         """One order. Checks each report against the true bytes unless `believe`."""
         outcome = Outcome()
-        order = Fetch(
-            6, url, headers or {}, start, end, [(start, end)] if extents is None else extents, blob_size, stall_s
-        )
+        wanted = [(start, end)] if extents is None else extents
+        order = Fetch(6, url, headers or {}, start, end, wanted, blob_size, stall_s, last, watched)
 
         def told(at: int, upto: int) -> None:
             assert start <= at < upto <= end
@@ -131,6 +132,27 @@ def test_extents_come_in_the_order_asked_for(url: str, attempt: Any, data: bytes
     assert outcome.reports[0][0] == 1_600_000
     starts = [at for at, _ in outcome.reports]
     assert starts.index(START) == sum(1 for at in starts if at >= 1_600_000)
+
+
+def test_a_part_of_a_chunk_has_no_digest(url: str, attempt: Any) -> None:
+    outcome = attempt(url, extents=[(START + 1000, START + 5000)], last=False)
+    assert outcome.fetched is not None
+    assert outcome.fetched.digest == b""
+    assert outcome.extents.covers(Extent(START + 1000, START + 5000))
+
+
+@pytest.mark.parametrize("fault", [None, faults.Stall(after_bytes=1_500_000, seconds=0.6)], ids=["fast", "pausing"])
+def test_bytes_that_nobody_waits_for_come_all_the_same(
+    hub: HubProcess, url: str, attempt: Any, data: bytes, fault: Any
+) -> None:
+    """Fast ones are gathered by the kernel, also when the sender pauses in the midst of it; the connection is good for the next order."""
+    hub.set_bandwidth(10e6)
+    if fault is not None:
+        hub.add_fault(fault, origin="cdn")
+    outcome = attempt(url, start=0, end=SIZE, watched=False, stall_s=2.0)
+    assert outcome.fetched is not None, outcome.message
+    assert outcome.fetched.digest == chunk_digest(data)
+    assert len(outcome.reports) <= 5
 
 
 def test_what_is_there_already_is_not_asked_for(

@@ -147,3 +147,17 @@ def test_a_file_that_was_cut_is_named(fd: int) -> None:
     with pytest.raises(OrderFailed) as failed:
         ChunkSink(fd, 0, 1000, lambda *_: None).finish()
     assert failed.value.reason == "cache_broken"
+
+
+def test_where_no_reader_waits_only_tell_reports_until_one_does(fd: int) -> None:
+    told = Told(fd)
+    sink = ChunkSink(fd, 0, SIZE, told, Clock(), watched=False)
+    sink.begin(0)
+    sink.write(DATA[:500_000])
+    assert told.reports == []
+    sink.tell()
+    assert told.reports == [(0, 500_000)]
+    sink.watched = True
+    sink.write(DATA[500_000:])
+    assert told.reports[-1] == (500_000, SIZE)
+    assert sink.finish() == chunk_digest(DATA)
