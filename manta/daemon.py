@@ -38,7 +38,7 @@ from manta.control.protocol import (
     Status,
 )
 from manta.control.server import ControlServer
-from manta.errors import InUse, MantaError, Unavailable
+from manta.errors import InUse, MantaError, NotRunning, Unavailable
 from manta.fetch.fetcher import Fetcher
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
@@ -390,7 +390,7 @@ class Daemon:
 
     def _refuse_when_stopping(self) -> None:
         if self._stopping.is_set():
-            raise Unavailable("The daemon is shutting down. Try again in a moment.")
+            raise NotRunning("The daemon is shutting down. Try again in a moment.")
 
 
 # Mount hygiene -----------------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def connect(config: Config) -> Client:
 def ensure_daemon(config: Config, *, deadline_s: float = START_S) -> Client:
     """The client of the daemon of this cache directory, which is started when none runs.
 
-    A daemon that is just exiting (its socket refuses, it answers "shutting down", it still holds the cache directory) is waited
+    A daemon that is just exiting (its socket refuses, it answers that it is leaving, it still holds the cache directory) is waited
     for, and two callers at the same time start one daemon. Raises what the daemon said when it could not start.
     """
     deadline = time.monotonic() + deadline_s
@@ -266,9 +266,8 @@ def with_daemon(config: Config, ask: Callable[[Client], _Answer], *, deadline_s:
         client = ensure_daemon(config, deadline_s=max(RETRY_S, deadline - time.monotonic()))
         try:
             return ask(client)
-        except (NotRunning, Unavailable) as error:
-            leaving = isinstance(error, NotRunning) or "shutting down" in error.message
-            if not leaving or time.monotonic() >= deadline:
+        except NotRunning:
+            if time.monotonic() >= deadline:
                 raise
         time.sleep(RETRY_S)
 

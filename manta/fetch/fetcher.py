@@ -287,6 +287,7 @@ class Fetcher:
                 transfer.stir()  # who waits for another part of the chunk asks for it now
             else:
                 self._scheduler.finished(want)
+                self._scheduler.learn(answer.first_byte_s, answer.seconds)
                 transfer.recorded(want.chunk)
                 self._grown(transfer)
         finally:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import trio
 
-from manta.errors import CacheBroken
+from manta.errors import CacheBroken, MantaError
 from manta.fetch.readahead import Readahead
 from manta.fetch.scheduler import Priority
 from manta.fetch.transfer import Transfer
@@ -53,7 +53,7 @@ class BlobHandle:
         self._transfer = transfer
         self._done = done
         self._count = count
-        self._fill = fill
+        self._fill = self._fill_wanted = fill
         self._readahead = Readahead(transfer.blob.grid)
 
     async def read(self, offset: int, size: int) -> bytes | memoryview:
@@ -71,7 +71,11 @@ class BlobHandle:
             ahead = range(0)
         while True:
             # None after it either: what it found there is read at once, or in a thread, and then again if it was thrown away meanwhile.
-            await transfer.ensure(extent, onward=bool(ahead))
+            try:
+                await transfer.ensure(extent, onward=bool(ahead))
+            except MantaError:
+                self._fill = self._fill_wanted  # giving up on a fetch ends the fill too: the next read starts it again
+                raise
             generation = blob.generation
             data = await self._from_cache(extent)
             if blob.generation == generation:

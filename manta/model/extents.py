@@ -9,7 +9,7 @@ CHUNK_SIZE = 8 * 1024 * 1024
 
 One ranged request per chunk: at 1 Gbit/s a chunk takes 67 ms, so even one request at a time loses less than half to a
 round trip of 50 ms, and eight in flight hide it. A random 4 KiB read costs at most one chunk, and is answered as soon as its own
-bytes are there. 100 GiB are 12,800 chunks: a map of 207 KB. Smaller chunks multiply requests and messages (about 0.1 ms of
+bytes are there. 100 GiB are 12,800 chunks: a map of 258 KB. Smaller chunks multiply requests and messages (about 0.1 ms of
 CPU each); larger ones make random reads drag more. docs/architecture.md has the measurement.
 """
 

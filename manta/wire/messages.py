@@ -100,11 +100,12 @@ class Progress(Message, frozen=True, tag="progress"):
 class Fetched(Message, frozen=True, tag="fetched"):
     """The extents are in the cache file. `digest` is the chunk's xxh3-128 where it is complete, else empty.
 
-    `seconds` is from the request to the last byte.
+    `seconds` is from the request to the last byte, `first_byte_s` from the request to the first.
     """
 
     digest: bytes
     seconds: float
+    first_byte_s: float = 0.0
 
 
 class Digested(Message, frozen=True, tag="digested"):

@@ -193,7 +193,8 @@ class OriginClient:
             ticker.cancel()
             del self._sinks[order.order]
             sink.tell()
-        return Fetched(order.order, digest, time.monotonic() - began)
+        first = sink.first_written if sink.first_written is not None else began
+        return Fetched(order.order, digest, time.monotonic() - began, first - began)
 
     def watch(self, order: int) -> None:
         """A reader waits for the bytes of `order`; nothing where it has ended."""

@@ -38,6 +38,8 @@ class ChunkSink:
         self._clock = clock
         self.watched = watched
         """A reader waits: report bytes as they come. Otherwise `tell` is called now and then."""
+        self.first_written: float | None = None
+        """When the first bytes came, by `clock`."""
         self._digest: RunningDigest | None = running_chunk_digest()
         self._digested = start
         self._at = start
@@ -52,6 +54,8 @@ class ChunkSink:
 
     def write(self, data: bytes | memoryview) -> None:
         """Raises OrderFailed (no_space, cache_broken) where the disk refuses."""
+        if self.first_written is None:
+            self.first_written = self._clock()
         view = memoryview(data)
         at = self._at
         try:

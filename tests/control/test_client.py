@@ -288,7 +288,7 @@ def test_a_cache_that_is_held_for_good_is_an_error(
 def test_a_daemon_that_leaves_between_being_found_and_being_asked_is_replaced(
     config: Config, daemon: FakeDaemon
 ) -> None:
-    daemon.refusals["POST /v1/mounts"] = [Unavailable("The daemon is shutting down.")]
+    daemon.refusals["POST /v1/mounts"] = [NotRunning("The daemon is shutting down.")]
     mounted = with_daemon(config, lambda client: client.mount(MountRequest("org/name", "/mnt")))
     assert mounted.target == "org/name"
     assert len(daemon.asked("POST", "/v1/mounts")) == 2

@@ -181,6 +181,17 @@ def test_background_keeps_little_beside_readers_and_takes_all_when_they_are_done
     assert len(bench.take()) == 4 - BACKGROUND_BESIDE_DEMAND
 
 
+@pytest.mark.parametrize(("first_byte_s", "beside"), [(0.003, 1), (0.06, 2), (0.09, 4), (0.12, 4)])
+def test_background_beside_readers_covers_the_origins_latency(first_byte_s: float, beside: int) -> None:
+    bench = Bench(connections=4)
+    for _ in range(30):
+        bench.scheduler.learn(first_byte_s, 0.12)
+    bench.scheduler.learn(0.0, 0.0)  # too fast to tell
+    bench.demand(B, 0)
+    bench.scheduler.want_whole(A, Priority.FILL)
+    assert len(bench.take()) == 1 + beside
+
+
 # Parts of chunks ---------------------------------------------------------------------------------------------------------
 
 

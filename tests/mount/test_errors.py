@@ -176,3 +176,21 @@ def test_no_fuse_device(node: Node) -> None:
     assert done.returncode != 0
     assert "/dev/fuse" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_root_that_may_not_mount(node: Node) -> None:
+    """As in a container without CAP_SYS_ADMIN."""
+    directory = node.directory()
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable, "-m", "manta", "mount", MODEL, str(directory)],
+        env=node.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 5
+    assert "CAP_SYS_ADMIN" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(directory.iterdir())
