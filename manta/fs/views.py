@@ -6,8 +6,9 @@ layout that Hugging Face libraries read through HF_HUB_CACHE (facts: models--ORG
 
 from __future__ import annotations
 
+import abc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from manta.errors import Absent, Invalid
@@ -74,31 +75,33 @@ def _name_of(revision: str) -> str:
     return revision.replace("%", "%25").replace("/", "%2F")
 
 
-class SnapshotFolder(Folder):
-    """A folder of a snapshot, its files as they are."""
+class _TreeFolder(Folder):
+    """A folder of a snapshot's tree. What it shows for a file or a folder in it is up to the view (`_node`)."""
 
-    def __init__(self, source: SnapshotSource, snapshot: Snapshot, folder: str = "") -> None:
+    def __init__(self, source: SnapshotSource, snapshot: Snapshot, folder: str, key: str) -> None:
         if folder not in snapshot.folders:
             raise Absent(f"{snapshot.repo}@{snapshot.commit} has no folder {folder!r}.")
         self._source = source
         self._snapshot = snapshot
         self._folder = folder
-        self.key = f"tree:{snapshot.repo}@{snapshot.commit}:{folder}"
+        self.key = key
 
     async def child(self, name: str) -> Node:
         children = self._snapshot.folders[self._folder]
         if name not in children:
             raise _absent(name)
-        return self._node(name, children[name])
+        return self._node(self._path(name), children[name])
 
     async def children(self) -> Sequence[tuple[str, Node]]:
-        return [(name, self._node(name, entry)) for name, entry in self._snapshot.folders[self._folder].items()]
+        children = self._snapshot.folders[self._folder]
+        return [(name, self._node(self._path(name), entry)) for name, entry in children.items()]
 
-    def _node(self, name: str, entry: FileEntry | None) -> Node:
-        if entry is None:
-            folder = f"{self._folder}/{name}" if self._folder else name
-            return SnapshotFolder(self._source, self._snapshot, folder)
-        return BlobNode(Provenance(self._snapshot.repo, self._snapshot.commit, entry, self._source.access))
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}" if self._folder else name
+
+    @abc.abstractmethod
+    def _node(self, path: str, entry: FileEntry | None) -> Node:
+        """What is shown for `path`; `entry` None is a folder."""
 
     def attributes(self) -> Mapping[str, str]:
         return {
@@ -106,6 +109,18 @@ class SnapshotFolder(Folder):
             "commit": self._snapshot.commit,
             "cached_bytes": str(self._source.cached_bytes(self._snapshot, self._folder)),
         }
+
+
+class SnapshotFolder(_TreeFolder):
+    """A folder of a snapshot, its files as they are."""
+
+    def __init__(self, source: SnapshotSource, snapshot: Snapshot, folder: str = "") -> None:
+        super().__init__(source, snapshot, folder, f"tree:{snapshot.repo}@{snapshot.commit}:{folder}")
+
+    def _node(self, path: str, entry: FileEntry | None) -> Node:
+        if entry is None:
+            return SnapshotFolder(self._source, self._snapshot, path)
+        return BlobNode(Provenance(self._snapshot.repo, self._snapshot.commit, entry, self._source.access))
 
 
 # The whole hub as a tree ---------------------------------------------------------------------------------------------
@@ -237,13 +252,13 @@ class CachedRepoFolder(Folder):
             case "refs":
                 return _RefsFolder(self, "")
             case "snapshots":
-                return _SnapshotsFolder(self)
+                return _CommitsFolder(self, "snapshots", _LinkedSnapshotFolder)
             case "blobs":
                 return _BlobsFolder(self)
             case "trees":
                 return _TreesFolder(self)
             case ".no_exist":
-                return _AbsencesFolder(self)
+                return _CommitsFolder(self, ".no_exist", _AbsentNamesFolder)
             case _:
                 raise _absent(name)
 
@@ -295,54 +310,39 @@ class _RefsFolder(Folder):
         return self._repo.revision or DEFAULT_REVISION
 
 
-class _SnapshotsFolder(Folder):
+class _CommitsFolder(Folder):
+    """snapshots/ and .no_exist/: a folder for each commit, made by `make`. Lists those that were looked at, finds every other."""
+
     lifetime_s = LISTING_LIFETIME_SECONDS
 
-    def __init__(self, repo: CachedRepoFolder) -> None:
+    def __init__(
+        self, repo: CachedRepoFolder, name: str, make: Callable[[CachedRepoFolder, Snapshot, str], Folder]
+    ) -> None:
         self._repo = repo
-        self.key = f"{repo.key}:snapshots"
+        self._make = make
+        self.key = f"{repo.key}:{name}"
 
     async def child(self, name: str) -> Node:
         if not is_commit(name):
             raise _absent(name)
-        return _LinkedSnapshotFolder(self._repo, await self._repo.take_in(Commit(name)), "")
+        return self._make(self._repo, await self._repo.take_in(Commit(name)), "")
 
     async def children(self) -> Sequence[tuple[str, Node]]:
         return [(commit, await self.child(commit)) for commit in sorted(self._repo.snapshots)]
 
 
-class _LinkedSnapshotFolder(Folder):
+class _LinkedSnapshotFolder(_TreeFolder):
     """snapshots/COMMIT/...: links into blobs/, as HF libraries make them; scan-cache tools count each blob once."""
 
     def __init__(self, repo: CachedRepoFolder, snapshot: Snapshot, folder: str) -> None:
+        super().__init__(repo.source, snapshot, folder, f"{repo.key}:snapshots/{snapshot.commit}/{folder}")
         self._repo = repo
-        self._snapshot = snapshot
-        self._folder = folder
-        self.key = f"{repo.key}:snapshots/{snapshot.commit}/{folder}"
 
-    async def child(self, name: str) -> Node:
-        children = self._snapshot.folders[self._folder]
-        if name not in children:
-            raise _absent(name)
-        return self._node(name, children[name])
-
-    async def children(self) -> Sequence[tuple[str, Node]]:
-        return [(name, self._node(name, entry)) for name, entry in self._snapshot.folders[self._folder].items()]
-
-    def _node(self, name: str, entry: FileEntry | None) -> Node:
-        path = f"{self._folder}/{name}" if self._folder else name
+    def _node(self, path: str, entry: FileEntry | None) -> Node:
         if entry is None:
             return _LinkedSnapshotFolder(self._repo, self._snapshot, path)
         up = "../" * (2 + path.count("/"))
         return LinkNode(f"{self._repo.key}:snapshots/{self._snapshot.commit}/{path}", f"{up}blobs/{_blob_name(entry)}")
-
-    def attributes(self) -> Mapping[str, str]:
-        cached = self._repo.source.cached_bytes(self._snapshot, self._folder)
-        return {
-            "repo": str(self._snapshot.repo),
-            "commit": self._snapshot.commit,
-            "cached_bytes": str(cached),
-        }
 
 
 class _BlobsFolder(Folder):
@@ -391,25 +391,9 @@ def _tree_file(snapshot: Snapshot) -> bytes:
     return json.dumps({"format_version": 1, "files": files}).encode()
 
 
-class _AbsencesFolder(Folder):
+class _AbsentNamesFolder(Folder):
     """.no_exist/COMMIT/NAME is there for each NAME that the snapshot lacks: HF libraries then ask the hub nothing."""
 
-    lifetime_s = LISTING_LIFETIME_SECONDS
-
-    def __init__(self, repo: CachedRepoFolder) -> None:
-        self._repo = repo
-        self.key = f"{repo.key}:.no_exist"
-
-    async def child(self, name: str) -> Node:
-        if not is_commit(name):
-            raise _absent(name)
-        return _AbsentNamesFolder(self._repo, await self._repo.take_in(Commit(name)), "")
-
-    async def children(self) -> Sequence[tuple[str, Node]]:
-        return [(commit, await self.child(commit)) for commit in sorted(self._repo.snapshots)]
-
-
-class _AbsentNamesFolder(Folder):
     def __init__(self, repo: CachedRepoFolder, snapshot: Snapshot, folder: str) -> None:
         self._repo = repo
         self._snapshot = snapshot
