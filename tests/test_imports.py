@@ -28,8 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "fetch": {"errors", "model", "config", "cache", "wire", "hub.origin"},
     "fs": {"errors", "model", "fetch", "hub.origin"},
     "fuse": {"errors", "fs"},
-    # The worker process: the wire, and the digests that it computes where it writes.
-    "worker": {"errors", "model", "wire", "cache.digests"},
+    # The worker process: the wire, the digests that it computes where it writes, and how to read a hub's request to wait.
+    "worker": {"errors", "model", "wire", "cache.digests", "hub.quota"},
     # Who is asked over the control API, and who asks.
     "operations": {"errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol"},
     "control": {"errors", "model", "config"},

@@ -1,7 +1,7 @@
 """What a hub's headers say about its request quota and how long to wait, here and only here. Pure.
 
 The Hub answers every request with ``RateLimit: "resolvers";r=N;t=S`` (N requests left, S seconds to the window's end) and a
-``RateLimit-Policy``. Used by `manta.hub.refusal` and `manta.hub.huggingface`.
+``RateLimit-Policy``. Used by `manta.hub.refusal`, `manta.hub.huggingface` and `manta.worker.origin`.
 """
 
 from __future__ import annotations
@@ -54,12 +54,17 @@ def parse_quota(headers: Mapping[str, str]) -> Quota | None:
 
 def wait_s(headers: Mapping[str, str], now: float) -> float:
     """Seconds to wait after a 429 with these headers at `now` (seconds since the epoch): 0 to WAIT_S_MAX."""
+    seconds = asked_wait_s(headers, now)
+    return WAIT_S_DEFAULT if seconds is None else seconds
+
+
+def asked_wait_s(headers: Mapping[str, str], now: float) -> float | None:
+    """What the headers ask for: the end of a spent quota's window, else Retry-After. 0 to WAIT_S_MAX; None where they ask for nothing."""
     quota = parse_quota(headers)
     if quota is not None and quota.remaining == 0:
         # The window's end is told in whole seconds, rounded down.
         return min(quota.reset_s + 1.0, WAIT_S_MAX)
-    seconds = retry_after_s(headers, now)
-    return WAIT_S_DEFAULT if seconds is None else seconds
+    return retry_after_s(headers, now)
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import http
 import itertools
 import re
@@ -20,6 +19,7 @@ import aiohttp
 from yarl import URL
 
 from manta import __version__
+from manta.hub.quota import asked_wait_s
 from manta.wire.messages import Fetch, Fetched, Locate, Located, Reason
 from manta.worker.failure import OrderFailed
 from manta.worker.sink import ChunkSink
@@ -91,17 +91,8 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
 
     The Hub's `RateLimit: "resolvers";r=0;t=N` comes first: its window is over after N seconds. Then Retry-After in both its forms.
     """
-    limit, after = headers.get("RateLimit", ""), headers.get("Retry-After", "").strip()
-    if (match := re.search(r";\s*t=([0-9]{1,9})", limit)) and re.search(r";\s*r=0\b", limit):
-        wait = float(match[1]) + 1
-    elif after.isascii() and after.isdigit():
-        wait = float(after)
-    else:
-        try:
-            wait = email.utils.parsedate_to_datetime(after).timestamp() - now
-        except ValueError:
-            return None
-    return min(max(wait, 0.0), RETRY_AFTER_SECONDS_MAX)
+    asked = asked_wait_s({name.lower(): value for name, value in headers.items()}, now)
+    return None if asked is None else min(asked, RETRY_AFTER_SECONDS_MAX)
 
 
 _STATUSES = frozenset(http.HTTPStatus)
