@@ -52,8 +52,8 @@ class HubConfig:
 class FetchConfig:
     workers: int = 2
     """Worker processes, 1 to 16. Each is one core at most; TLS takes about 2 CPU-seconds per GB."""
-    connections: int = 8
-    """Requests in flight to the origin, 1 to 64. The Hub's own clients use 8 to 16."""
+    connections: int = 16
+    """Requests in flight to the origin, at most, 1 to 64: as many are used as pay. The Hub's own clients use 8 to 16."""
     stall_s: float = 10.0
     """A transfer with no byte for this long is given up and tried again."""
     read_timeout_s: float = 60.0

@@ -1,7 +1,8 @@
 """Gets wanted chunks into the cache: drives the scheduler, the hub's answers and the workers. Here and only here.
 
 Runs in the daemon's trio thread. Fetches belong to the daemon: a reader only waits, a cancelled reader kills no fetch, and N readers of
-one chunk cause one. The decisions are in pure modules: what next (`scheduler`), what after a failure (`retry`), where from (`sources`).
+one chunk cause one. The decisions are in pure modules: what next (`scheduler`), with how many connections (`pacing`), what is hedged
+(`stragglers`), what after a failure (`retry`), where from (`sources`), who must be left alone (`throttle`).
 """
 
 from __future__ import annotations
@@ -10,27 +11,39 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import trio
 
 from manta.cache.recovery import settle_doubtful
 from manta.cache.store import Blob, Store
 from manta.config import FetchConfig
-from manta.errors import BY_CODE, Denied, MantaError, Throttled, Unavailable
+from manta.errors import BY_CODE, Absent, Denied, MantaError, Unavailable
+from manta.fetch.flight import Flight
+from manta.fetch.locator import Locator
 from manta.fetch.meter import Meter
-from manta.fetch.retry import ATTEMPTS_MAX, PAUSE_SECONDS, PAUSE_SECONDS_MAX, judge
-from manta.fetch.scheduler import Priority, Scheduler, Want
+from manta.fetch.pacing import Pacer
+from manta.fetch.retry import judge
+from manta.fetch.scheduler import Scheduler, Want
 from manta.fetch.sources import Provenance
+from manta.fetch.stragglers import Stragglers
+from manta.fetch.throttle import Throttles
 from manta.fetch.transfer import Transfer
-from manta.fetch.workers import Attention, Workers
+from manta.fetch.workers import Workers
 from manta.hub.origin import Location, Origin
-from manta.wire.messages import Failed, Fetch, Fetched
+from manta.wire.messages import Failed, Fetched
 
 log = logging.getLogger(__name__)
 
-LOCATING_MAX = 16
-"""Requests for locations under way: each costs the hub's quota, and a person who opens 1,000 files at once does not need them all now."""
+LOOK_SECONDS = 0.25
+"""How often the orders under way are looked at: a straggler is noticed after a second or more."""
+
+HEDGES_PER_CONNECTION = 0.25
+"""Orders that may be hedged at once: an origin that is slow as a whole must not be asked for everything twice."""
+
+REFUSED_SECONDS = 2.0
+"""How long the hub is not asked again about a blob that it refused: a reader that tries each of a file's chunks costs one request, and
+a person who has just been given access waits no longer than this."""
 
 OnFailure = Callable[[Provenance, MantaError], None]
 OnArrival = Callable[[Transfer], None]
@@ -50,13 +63,17 @@ class Fetcher:
     ) -> None:
         self._store = store
         self._workers = workers
-        self._origin = origin
         self._config = config
         self._failed = failed
         self._grown = grown
         self._transfers: dict[str, Transfer] = {}
-        self._scheduler = Scheduler(config.connections, self._next_missing)
-        self._locating = trio.CapacityLimiter(LOCATING_MAX)
+        self._pacer = Pacer(config.connections)
+        self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group)
+        self._stragglers = Stragglers()
+        self._throttles = Throttles()
+        self._locator = Locator(workers, origin, config.stall_s, self._throttles) if origin is not None else None
+        self._flights: set[Flight] = set()
+        self._flying = trio.Event()  # replaced when nothing is under way
         self._stirred = trio.Event()
         self._nursery: trio.Nursery
         self.origin_meter = Meter()
@@ -120,30 +137,75 @@ class Fetcher:
         """Sends orders as long as it is not cancelled; `open` works from `started` on."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._watch)
             task_status.started()
             while True:
                 self._stirred = trio.Event()
                 now = trio.current_time()
                 while (want := self._scheduler.next(now)) is not None:
-                    self._send(want)
+                    self._send(want, now)
                 change = self._scheduler.next_change(now)
                 with trio.move_on_at(math.inf if change is None else change):
                     await self._stirred.wait()
 
-    def _send(self, want: Want) -> None:
+    async def _watch(self) -> None:
+        """Looks at the orders under way: which are silent, which to hedge, whether more connections pay."""
+        while True:
+            await self._flying.wait()
+            await trio.sleep(LOOK_SECONDS)
+            now = trio.current_time()
+            flights = {flight.course: flight for flight in self._flights}
+            self._scheduler.set_silent({f.want.key for c, f in flights.items() if self._stragglers.silent(c, now)})
+            hedges = max(1, int(self._pacer.connections * HEDGES_PER_CONNECTION))
+            for course in self._stragglers.to_hedge(list(flights), now, hedges):
+                self._hedge(flights[course])
+            for flight in self._flights:
+                flight.look()
+            self._pacer.look(len(flights), now)
+            self._stirred.set()
+
+    def _hedge(self, flight: Flight) -> None:
+        log.info(
+            "chunk %d of %s (%s) is far slower than others: ordered once more on another connection",
+            flight.want.chunk, flight.want.blob, flight.transfer.name,
+        )  # fmt: skip
+        flight.hedge()
+
+    def _send(self, want: Want, now: float) -> None:
         transfer = self._transfers[str(want.blob)]
         location = transfer.sources.location
-        if location is not None and not location.stale(time.time()):
-            self._nursery.start_soon(self._carry_out, transfer, want, location)
-            return
-        self._scheduler.again(want)
-        self._scheduler.hold(want.blob, math.inf)
-        if not transfer.locating:
-            transfer.locating = True
-            self._nursery.start_soon(self._locate, transfer)
+        if location is None or location.stale(time.time()):
+            self._scheduler.again(want)
+            self._scheduler.hold(want.blob, math.inf)
+            if not transfer.locating:
+                transfer.locating = True
+                self._nursery.start_soon(self._locate, transfer)
+        elif (until := self._throttles.until(location.origin, now)) is not None:
+            self._scheduler.again(want)
+            self._scheduler.hold(want.blob, until)
+            self._paused(transfer, until)
+        else:
+            flight = Flight(self._workers, transfer, want, location, self._config.stall_s, self._came)
+            self._flights.add(flight)
+            self._flying.set()
+            self._nursery.start_soon(self._carry_out, flight)
+
+    def _group(self, blob_id: object) -> Hashable:
+        """Blobs of one snapshot take their turns together, so that a mount of many files has no more than one of a few."""
+        provenance = self._transfers[str(blob_id)].sources.best
+        return provenance.repo, provenance.commit
+
+    def _came(self, count: int) -> None:
+        self.origin_meter.add(count, trio.current_time())
+        self._pacer.came(count)
+
+    @staticmethod
+    def _paused(transfer: Transfer, until: float) -> None:
+        transfer.paused_until = until
+        transfer.trouble = f"the origin asked for a pause of {max(until - trio.current_time(), 0):.0f} s"
 
     def _on_asked(self, transfer: Transfer) -> None:
-        if self._origin is None and not transfer.settling:
+        if self._locator is None and not transfer.settling:
             error = Unavailable(
                 f"{transfer.name} is not in the cache, and Manta is offline (--offline, MANTA_HUB_OFFLINE or HF_HUB_OFFLINE is set)."
                 " Unset it, or prefetch while online."
@@ -176,7 +238,7 @@ class Fetcher:
         transfer.settling = False
         self._scheduler.release(transfer.blob.id)
         transfer.wake()
-        if self._origin is None and self._scheduler.wants(transfer.blob.id):
+        if self._locator is None and self._scheduler.wants(transfer.blob.id):
             self._on_asked(transfer)  # what is damaged cannot be had
         self._grown(transfer)
         self._stirred.set()
@@ -186,9 +248,16 @@ class Fetcher:
 
     async def _locate(self, transfer: Transfer) -> None:
         """Asks the hub where the blob's bytes are; everything wanted of the blob is on hold meanwhile."""
+        assert self._locator is not None
         try:
-            transfer.sources.location = await self._ask_for_location(transfer)
+            transfer.sources.location = await self._locator.ask(
+                transfer.sources,
+                lambda: self._scheduler.wants(transfer.blob.id),
+                lambda until: self._paused(transfer, until),
+            )
         except MantaError as e:
+            if isinstance(e, Denied | Absent):
+                transfer.refuse(e, trio.current_time() + REFUSED_SECONDS)
             self._give_up(transfer, e, None)
         finally:
             transfer.locating = False
@@ -196,132 +265,77 @@ class Fetcher:
             self._stirred.set()
             self._let_go(transfer)
 
-    async def _ask_for_location(self, transfer: Transfer) -> Location:
-        """Raises Denied, Absent, Corrupt when every provenance is refused, Unavailable when the hub does not answer."""
-        assert self._origin is not None
-        attempts = 0
-        while True:
-            provenance = transfer.sources.best
-            request = self._origin.location_request(
-                provenance.repo, provenance.commit, provenance.entry.path, provenance.access
-            )
-            async with self._locating:
-                answer = await self._workers.locate(request.url, dict(request.headers), self._config.stall_s)
-            attempts += 1
-            pause = min(PAUSE_SECONDS * 2 ** (attempts - 1), PAUSE_SECONDS_MAX)
-            try:
-                if isinstance(answer, Failed):
-                    raise Unavailable(
-                        f"{provenance}: {answer.message}. Try again; `manta doctor` checks the way to the hub."
-                    )
-                return self._origin.parse_location(
-                    provenance.repo,
-                    provenance.commit,
-                    provenance.entry,
-                    provenance.access,
-                    status=answer.status,
-                    url=answer.url,
-                    headers=answer.headers,
-                    now=time.time(),
-                )
-            except Throttled as e:
-                # It does not count towards giving up: waiting is what the hub asked for, and readers have their own deadline.
-                attempts -= 1
-                pause = e.retry_after_s or pause
-                self._scheduler.hold_origin(trio.current_time() + pause)
-                log.warning("the hub asks for a pause of %.0f s: %s", pause, e.message)
-            except Unavailable:
-                if attempts >= ATTEMPTS_MAX:
-                    raise
-            except MantaError:
-                if attempts >= ATTEMPTS_MAX or not transfer.sources.demote(provenance):
-                    raise
-                pause = 0.0
-            await trio.sleep(pause)
-
     # One order -------------------------------------------------------------------------------------------------------
 
-    async def _carry_out(self, transfer: Transfer, want: Want, location: Location) -> None:
-        blob, config = transfer.blob, self._config
-        extent = blob.grid.extent(want.chunk)
-        wanted, last = transfer.extents_for(want)
-        extents = [(e.start, e.end) for e in wanted]
-        attention = Attention(wanted=want.priority is Priority.DEMAND or transfer.awaited(want.chunk))
-
-        def make(number: int) -> Fetch:
-            return Fetch(
-                number,
-                location.url,
-                dict(location.headers),
-                extent.start,
-                extent.end,
-                extents,
-                blob.size,
-                config.stall_s,
-                last,
-                attention.wanted,
-            )
-
-        came = 0
-
-        def progress(at: int, upto: int) -> None:
-            nonlocal came
-            came += upto - at
-            self.origin_meter.add(upto - at, trio.current_time())
-            transfer.arrived(want.chunk, at, upto)
-
-        transfer.attentions[want.chunk] = attention
+    async def _carry_out(self, flight: Flight) -> None:
+        transfer, want = flight.transfer, flight.want
+        transfer.watchers[want.chunk] = flight.watch
         try:
-            answer = await self._workers.fetch(make, blob.fd, progress, attention)
-            if isinstance(answer, Fetched) and last:
-                blob.record(want.chunk, answer.digest)
+            answer = await flight.run()
+            if isinstance(answer, Fetched) and flight.last:
+                transfer.blob.record(want.chunk, answer.digest)
         except MantaError as e:  # the disk refused the chunk map, or no worker could be had
             self._scheduler.finished(want)
             self._give_up(transfer, e, want.chunk)
         else:
             if isinstance(answer, Failed):
-                self._after_failure(transfer, want, location, answer, came)
-            elif not last:
-                self._scheduler.finished(want)
-                self._scheduler.want_rest(blob.id, want.chunk)
-                transfer.stir()  # who waits for another part of the chunk asks for it now
+                self._after_failure(flight, answer)
             else:
-                self._scheduler.finished(want)
-                self._scheduler.learn(answer.first_byte_s, answer.seconds)
-                transfer.recorded(want.chunk)
-                self._grown(transfer)
+                self._after_success(flight, answer)
         finally:
-            del transfer.attentions[want.chunk]
+            del transfer.watchers[want.chunk]
+            self._flights.discard(flight)
+            if not self._flights:
+                self._flying = trio.Event()
         self._stirred.set()
         self._let_go(transfer)
 
-    def _after_failure(self, transfer: Transfer, want: Want, location: Location, failure: Failed, came: int) -> None:
-        now = trio.current_time()
+    def _after_success(self, flight: Flight, answer: Fetched) -> None:
+        transfer, want = flight.transfer, flight.want
+        self._pacer.succeeded()
+        self._stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
+        self._scheduler.finished(want)
+        if flight.last:
+            self._scheduler.learn(answer.first_byte_s, answer.seconds)
+            transfer.recorded(want.chunk)
+            self._grown(transfer)
+        else:
+            self._scheduler.want_rest(want.blob, want.chunk)
+            transfer.stir()  # who waits for another part of the chunk asks for it now
+
+    def _after_failure(self, flight: Flight, failure: Failed) -> None:
+        transfer, want, now = flight.transfer, flight.want, trio.current_time()
         counts = transfer.attempts.setdefault(want.chunk, Counter())
-        if failure.reason == "unavailable" and came:
+        if failure.reason == "unavailable" and flight.course.came:
             counts[failure.reason] = 0  # it got further: a link that breaks often is not one that leads nowhere
         counts[failure.reason] += 1
         attempts = counts[failure.reason]
         verdict = judge(failure, attempts)
         log.info(
             "chunk %d of %s (%s): %s; attempt %d, %s",
-            want.chunk, transfer.blob.id, transfer.name, failure.message, attempts, "trying again" if verdict.retry else "giving up",
+            want.chunk, want.blob, transfer.name, failure.message, attempts, "trying again" if verdict.retry else "giving up",
         )  # fmt: skip
+        transfer.trouble = failure.message
+        if failure.reason == "unavailable":
+            self._pacer.lost(now)
         if failure.reason == "corrupt":
             transfer.distrust(want.chunk)
-        if verdict.relocate and transfer.sources.location is location:
+        if verdict.relocate and transfer.sources.location is flight.location:
             transfer.sources.location = None
         if not verdict.retry:
             self._scheduler.finished(want)
             kind = BY_CODE.get(failure.reason, Unavailable)
             self._give_up(transfer, kind(f"{transfer.name}: {failure.message}. {_ADVICE[failure.reason]}"), want.chunk)
             return
-        self._scheduler.again(want)
-        if verdict.pause_s:
-            self._scheduler.hold(want.blob, now + verdict.pause_s)
+        self._scheduler.again(want, now + verdict.pause_s if verdict.pause_s else 0.0)
         if verdict.origin_pause_s:
-            self._scheduler.hold_origin(now + verdict.origin_pause_s)
-            log.warning("the origin asks for a pause of %.0f s", verdict.origin_pause_s)
+            self._throttle(flight.location, now, verdict.origin_pause_s)
+
+    def _throttle(self, location: Location, now: float, pause_s: float) -> None:
+        """Every file at that origin waits: `_send` looks before each order."""
+        self._pacer.throttled(now)
+        self._throttles.pause(location.origin, now + pause_s)
+        log.warning("%s asks for a pause of %.0f s", location.origin, pause_s)
 
     def _give_up(self, transfer: Transfer, error: MantaError, chunk: int | None) -> None:
         """Tells the readers. Background work on the blob ends too: it would fail the same way; the next read starts it again."""

@@ -1,15 +1,21 @@
-"""Which chunk to fetch next. Pure: no clock of its own, no I/O; `manta.fetch.fetcher` drives it and a simulation can.
+"""Which chunk to fetch next. Pure: no clock of its own, no I/O; `manta.fetch.fetcher` drives it and a simulation does.
 
-Wants come in four priorities. Each blob has one queue per priority; blobs of equal priority take turns, so that one file cannot starve
-another. A blob is skipped while it is on hold (its location is being asked for, or it is pausing after a failure); the whole origin can be
-on hold too (429). A blob of which nothing is wanted or under way leaves no trace here, whatever had been asked of it.
+Wants come in four priorities. Blobs of equal priority take turns, and so do the groups that they belong to (a group is one mounted
+snapshot): neither a file nor a mount with a thousand files can starve another. A blob is skipped while it is on hold (its location is
+being asked for, or its origin wants a pause). A blob of which nothing is wanted or under way leaves no trace here, whatever had been
+asked of it.
+
+One stalled transfer holds nobody else up: an order from which nothing comes is *silent* and does not count against the connections, and
+every blob may have one order for a reader beyond them.
 """
 
 from __future__ import annotations
 
 import enum
+import heapq
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from manta.model.ids import BlobId
@@ -28,6 +34,12 @@ _IDLE_SHARE_MAX = 0.9
 QUIET_SECONDS = 0.5
 """How long after the last reader's wait background work takes all connections: a reader that jumps about waits again in milliseconds, and
 would share the link with eight transfers that began in between."""
+
+DEMAND_ORDERS_MAX = 3
+"""Orders for readers, as a multiple of the connections: one part that moves, one for the blobs that have none, one of silent ones."""
+
+OTHER_ORDERS_MAX = 2
+"""Orders for readahead and background work, as a multiple of the connections: as many silent ones as others."""
 
 
 class Priority(enum.IntEnum):
@@ -56,90 +68,151 @@ class Want:
     first: int
     upto: int = 0
 
+    @property
+    def key(self) -> tuple[BlobId, int]:
+        return self.blob, self.chunk
+
 
 _Part = tuple[int, int]
 """`first` and `upto` of a want."""
+
+_Window = OrderedDict[int, _Part]
+"""What one reader will want soon, by chunk."""
+
+_FAILED = object()
+"""The owner of readahead that is to be fetched again: whose window it was is forgotten by then."""
 
 
 @dataclass(slots=True)
 class _Queues:
     """What is wanted of one blob and not under way."""
 
-    wanted: tuple[OrderedDict[int, _Part], OrderedDict[int, _Part]] = field(
-        default_factory=lambda: (OrderedDict(), OrderedDict())
-    )  # DEMAND and READAHEAD, by chunk
+    group: Hashable
+    demand: _Window = field(default_factory=OrderedDict)
+    ahead: OrderedDict[Hashable, _Window] = field(default_factory=OrderedDict)  # by reader, the next in turn first
     rest: OrderedDict[int, None] = field(default_factory=OrderedDict)  # chunks of which a reader has had a part: FILL
     resting: set[int] = field(default_factory=set)  # those of them that are under way
     whole: Priority | None = None  # PREFETCH or FILL: every chunk that is missing
     cursor: int = 0  # where to look for the next missing one
     running: set[int] = field(default_factory=set)
+    pausing: dict[int, Want] = field(default_factory=dict)  # not to be ordered for a while after a failure
     raised: dict[int, _Part] = field(default_factory=dict)
-    """Chunks under way that a reader waits for: if the order comes to nothing, they are wanted at DEMAND."""
+    """Chunks under way or pausing that a reader waits for: if the order comes to nothing, they are wanted at DEMAND."""
+
+    def has(self, priority: Priority) -> bool:
+        """Whether something may be wanted at `priority`."""
+        match priority:
+            case Priority.DEMAND:
+                return bool(self.demand)
+            case Priority.READAHEAD:
+                return bool(self.ahead)
+            case Priority.PREFETCH:
+                return self.whole is Priority.PREFETCH
+            case Priority.FILL:
+                return self.whole is Priority.FILL or bool(self.rest)
+
+    def free(self, chunk: int) -> bool:
+        """Whether `chunk` may be ordered."""
+        return chunk not in self.running and chunk not in self.pausing
 
     @property
     def idle(self) -> bool:
-        return not (self.running or self.whole is not None or self.rest or any(self.wanted))
+        return not (self.running or self.pausing or any(map(self.has, Priority)))
+
+
+class _Rotation:
+    """Blobs in turn: group after group, and blob after blob within a group. Iteration goes from the next in turn to the last."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[Hashable, OrderedDict[BlobId, None]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[BlobId]:
+        return itertools.chain.from_iterable(self._groups.values())
+
+    def add(self, group: Hashable, blob: BlobId) -> None:
+        self._groups.setdefault(group, OrderedDict()).setdefault(blob)
+
+    def discard(self, group: Hashable, blob: BlobId) -> None:
+        if (blobs := self._groups.get(group)) is not None:
+            blobs.pop(blob, None)
+            if not blobs:
+                del self._groups[group]
+
+    def served(self, group: Hashable, blob: BlobId) -> None:
+        """It was `blob`'s turn."""
+        self._groups[group].move_to_end(blob)
+        self._groups.move_to_end(group)
 
 
 class Scheduler:
-    """`missing(blob, from_chunk)` names the first chunk at or after `from_chunk` that is not in the cache, or None."""
+    """`connections()` is how many may be in use now (at least 1). `missing(blob, from_chunk)` names the first chunk at or after
+    `from_chunk` that is not in the cache, or None. `group(blob)` names the group that it takes turns in."""
 
-    def __init__(self, connections: int, missing: Callable[[BlobId, int], int | None]) -> None:
+    def __init__(
+        self,
+        connections: Callable[[], int],
+        missing: Callable[[BlobId, int], int | None],
+        group: Callable[[BlobId], Hashable] = lambda _blob: None,
+    ) -> None:
         self._connections = connections
         self._missing = missing
-        self._blobs: OrderedDict[BlobId, _Queues] = OrderedDict()  # in turn: the next to be served first
+        self._group = group
+        self._blobs: dict[BlobId, _Queues] = {}
+        self._ready = {priority: _Rotation() for priority in Priority}  # of blobs not on hold; may name some in vain
         self._running: dict[tuple[BlobId, int], Priority] = {}
-        self._holds: dict[BlobId, float] = {}  # until when; those over are dropped by `next`
-        self._origin_hold_until = 0.0
+        self._silent: frozenset[tuple[BlobId, int]] = frozenset()
+        self._holds: dict[BlobId, float] = {}  # until when
+        self._hold_ends: list[tuple[float, int, BlobId]] = []  # a heap; what is not in `_holds` with that end is over
+        self._pausing: list[tuple[float, int, Want]] = []  # a heap of chunks that failed
+        self._serial = itertools.count()
         self._demand_seen = float("-inf")
         self._idle_share = 1 - 1 / BACKGROUND_BESIDE_DEMAND
 
     # What is wanted ------------------------------------------------------------------------------------------------
 
-    def want(self, blob: BlobId, chunk: int, priority: Priority, first: int, upto: int = 0) -> None:
-        """Adds one chunk at DEMAND or READAHEAD, see `Want`; one that is under way or wanted already only rises in priority."""
-        queues = self._blobs.setdefault(blob, _Queues())
+    def demand(self, blob: BlobId, chunk: int, first: int, upto: int = 0) -> None:
+        """A reader waits for `chunk`, see `Want`. One that is under way already is wanted again should that come to nothing."""
+        queues = self._queues(blob)
         part = first, upto
-        if chunk in queues.running:
-            if priority is Priority.DEMAND:
-                queues.raised.setdefault(chunk, part)
+        if not queues.free(chunk):
+            queues.raised.setdefault(chunk, part)
             return
-        demand, ahead = queues.wanted
-        if priority is Priority.DEMAND:
-            ahead.pop(chunk, None)
-            if demand.setdefault(chunk, part) != part:
-                demand[chunk] = demand[chunk][0], 0  # two readers of two parts: all of it is soonest for both
-        elif chunk not in demand:
-            ahead.setdefault(chunk, part)
+        if queues.demand.setdefault(chunk, part) != part:
+            queues.demand[chunk] = queues.demand[chunk][0], 0  # two readers of two parts: all of it is soonest for both
+        self._enlist(blob, queues)
 
     def want_rest(self, blob: BlobId, chunk: int) -> None:
         """A reader has had its part of `chunk`: the rest comes at FILL, before what nobody has asked for."""
-        self._blobs.setdefault(blob, _Queues()).rest[chunk] = None
+        queues = self._queues(blob)
+        queues.rest[chunk] = None
+        self._enlist(blob, queues)
 
-    def look_ahead(self, blob: BlobId, chunks: Iterable[tuple[int, int]]) -> None:
-        """Replaces the readahead wants of `blob` by `chunks` (chunk, first byte): what an earlier window wanted is stale."""
-        if (queues := self._blobs.get(blob)) is not None:
-            queues.wanted[Priority.READAHEAD].clear()
-        for chunk, first in chunks:
-            self.want(blob, chunk, Priority.READAHEAD, first)
-        self._drop_if_idle(blob)
+    def look_ahead(self, blob: BlobId, owner: Hashable, chunks: Iterable[tuple[int, int]]) -> None:
+        """Replaces the window of one reader (`owner`) by `chunks` (chunk, first byte): what it wanted soon before is stale."""
+        window: _Window = OrderedDict((chunk, (first, 0)) for chunk, first in chunks)
+        if window:
+            queues = self._queues(blob)
+            queues.ahead[owner] = window
+            self._enlist(blob, queues)
+        elif (known := self._blobs.get(blob)) is not None:
+            known.ahead.pop(owner, None)
+            self._drop_if_idle(blob)
 
     def want_whole(self, blob: BlobId, priority: Priority) -> None:
         """Every missing chunk of `blob`, at PREFETCH or FILL; the higher of what was asked for stays."""
-        queues = self._blobs.setdefault(blob, _Queues())
+        queues = self._queues(blob)
         queues.whole = priority if queues.whole is None else min(priority, queues.whole)
         queues.cursor = 0
+        self._enlist(blob, queues)
 
     def forget(self, blob: BlobId) -> None:
         """Nothing of `blob` is wanted any more; what is under way ends by itself."""
         if (queues := self._blobs.get(blob)) is not None:
-            for wanted in queues.wanted:
-                wanted.clear()
+            queues.demand.clear()
+            queues.ahead.clear()
             queues.raised.clear()
-            queues.rest.clear()
-            queues.resting.clear()
-            queues.whole = None
-            self._drop_if_idle(blob)
+            queues.pausing.clear()
+            self.unwant_whole(blob)
 
     def unwant_whole(self, blob: BlobId) -> None:
         """Background work on `blob` ends; readers' wants stay."""
@@ -147,53 +220,97 @@ class Scheduler:
             queues.rest.clear()
             queues.resting.clear()
             queues.whole = None
+            for chunk, want in list(queues.pausing.items()):
+                if want.priority >= Priority.PREFETCH and chunk not in queues.raised:
+                    del queues.pausing[chunk]
             self._drop_if_idle(blob)
+
+    def _queues(self, blob: BlobId) -> _Queues:
+        queues = self._blobs.get(blob)
+        if queues is None:
+            queues = self._blobs[blob] = _Queues(self._group(blob))
+        return queues
+
+    def _enlist(self, blob: BlobId, queues: _Queues) -> None:
+        """Something may be wanted of `blob`: it takes turns."""
+        if blob not in self._holds:
+            for priority in Priority:
+                if queues.has(priority):
+                    self._ready[priority].add(queues.group, blob)
 
     # What may go ---------------------------------------------------------------------------------------------------
 
     def hold(self, blob: BlobId, until: float) -> None:
         """No order for `blob` before `until`; `release` ends it early. Use math.inf for "until released". The longest hold counts."""
-        self._holds[blob] = max(until, self._holds.get(blob, 0.0))
+        if until <= self._holds.get(blob, float("-inf")):
+            return
+        self._holds[blob] = until
+        if until != float("inf"):
+            heapq.heappush(self._hold_ends, (until, next(self._serial), blob))
+        if (queues := self._blobs.get(blob)) is not None:
+            self._strike_off(blob, queues)
 
     def release(self, blob: BlobId) -> None:
-        self._holds.pop(blob, None)
+        if self._holds.pop(blob, None) is not None and (queues := self._blobs.get(blob)) is not None:
+            self._enlist(blob, queues)
 
-    def hold_origin(self, until: float) -> None:
-        """No order at all before `until`: the origin said so."""
-        self._origin_hold_until = max(self._origin_hold_until, until)
+    def set_silent(self, orders: Collection[tuple[BlobId, int]]) -> None:
+        """The orders under way, by `Want.key`, from which nothing has come for a while: others go beside them."""
+        self._silent = frozenset(orders)
 
     def next(self, now: float) -> Want | None:
-        """The next chunk to fetch, now counted as under way; None where nothing may go. `finished` must follow."""
-        for blob in [blob for blob, until in self._holds.items() if until <= now]:
-            del self._holds[blob]
-        if now < self._origin_hold_until:
-            return None
+        """The next chunk to fetch, now counted as under way; None where nothing may go. `finished` or `again` must follow."""
+        self._end_waits(now)
+        limit = self._connections()
         demands = sum(1 for p in self._running.values() if p is Priority.DEMAND)
         if demands:
             self._demand_seen = now
+        live = [p for key, p in self._running.items() if key not in self._silent]
+        live_demands = live.count(Priority.DEMAND)
+        if demands < DEMAND_ORDERS_MAX * limit and live_demands < 2 * limit:
+            # Readers get connections of their own beyond those that readahead and background may have taken.
+            taken = self._take_turn(Priority.DEMAND, only_first=live_demands >= limit)
+            if taken is not None:
+                return taken
+        if len(live) - live_demands >= limit or len(self._running) - demands >= OTHER_ORDERS_MAX * limit:
+            return None
+        if (taken := self._take_turn(Priority.READAHEAD)) is not None:
+            return taken
         quiet = now - self._demand_seen >= QUIET_SECONDS
-        others = len(self._running) - demands
-        background = sum(1 for p in self._running.values() if p >= Priority.PREFETCH)
-        for priority in Priority:
-            if priority is Priority.DEMAND:
-                # Readers get connections of their own beyond those that readahead and background may have taken.
-                room = demands < self._connections
-            elif priority is Priority.READAHEAD:
-                room = others < self._connections
-            else:
-                room = others < self._connections and background < (self._connections if quiet else self._beside_demand)
-            if not room:
+        background = sum(1 for p in live if p >= Priority.PREFETCH)
+        if background >= (limit if quiet else min(self._beside_demand, limit)):
+            return None
+        return self._take_turn(Priority.PREFETCH) or self._take_turn(Priority.FILL)
+
+    def _end_waits(self, now: float) -> None:
+        """Ends the holds and the pauses whose time has come."""
+        while self._hold_ends and self._hold_ends[0][0] <= now:
+            until, _, blob = heapq.heappop(self._hold_ends)
+            if self._holds.get(blob) == until:
+                self.release(blob)
+        while self._pausing and self._pausing[0][0] <= now:
+            want = heapq.heappop(self._pausing)[2]
+            queues = self._blobs.get(want.blob)
+            if queues is not None and queues.pausing.get(want.chunk) is want:
+                del queues.pausing[want.chunk]
+                self._requeue(want)
+
+    def _take_turn(self, priority: Priority, *, only_first: bool = False) -> Want | None:
+        """The want of the blob whose turn it is. `only_first`: of one that has no order for a reader under way."""
+        rotation, barren, taken = self._ready[priority], list[BlobId](), None
+        for blob in rotation:
+            queues = self._blobs[blob]
+            if only_first and any(self._running[blob, chunk] is Priority.DEMAND for chunk in queues.running):
                 continue
-            for blob, queues in list(self._blobs.items()):
-                if blob in self._holds:
-                    continue
-                taken = self._take(blob, queues, priority)
-                if taken is not None:
-                    self._blobs.move_to_end(blob)
-                    self._begin(queues, taken)
-                    return taken
-                self._drop_if_idle(blob)
-        return None
+            if (taken := self._take(blob, queues, priority)) is not None:
+                rotation.served(queues.group, blob)
+                self._begin(queues, taken)
+                break
+            barren.append(blob)
+        for blob in barren:
+            rotation.discard(self._blobs[blob].group, blob)
+            self._drop_if_idle(blob)
+        return taken
 
     def learn(self, first_byte_s: float, seconds: float) -> None:
         """An order took `seconds`, of which `first_byte_s` passed before anything came."""
@@ -204,38 +321,56 @@ class Scheduler:
     @property
     def _beside_demand(self) -> int:
         """Connections for background work while readers wait: as many as it takes that one is always busy."""
-        return min(round(1 / (1 - self._idle_share)), self._connections)
+        return round(1 / (1 - self._idle_share))
 
     def _begin(self, queues: _Queues, taken: Want) -> None:
         """Counts `taken` as under way. Background work may come to a chunk before the reader's turn: the reader's want is kept."""
-        self._running[taken.blob, taken.chunk] = taken.priority
+        self._running[taken.key] = taken.priority
         queues.running.add(taken.chunk)
-        demand, ahead = queues.wanted
-        ahead.pop(taken.chunk, None)
         queues.rest.pop(taken.chunk, None)
-        if (part := demand.pop(taken.chunk, None)) is not None:
+        if (part := queues.demand.pop(taken.chunk, None)) is not None:
             queues.raised[taken.chunk] = part
 
     def _take(self, blob: BlobId, queues: _Queues, priority: Priority) -> Want | None:
-        if priority <= Priority.READAHEAD:
-            wanted = queues.wanted[priority]
-            while wanted:
-                wanted_chunk, part = wanted.popitem(last=False)
-                if self._missing(blob, wanted_chunk) == wanted_chunk:
-                    return Want(blob, wanted_chunk, priority, *part)
-            return None
-        while priority is Priority.FILL and queues.rest:
-            rest, _ = queues.rest.popitem(last=False)
-            if self._missing(blob, rest) == rest and rest not in queues.running:
-                queues.resting.add(rest)
-                return Want(blob, rest, priority, 0)
+        """Takes out of the queues what is wanted first and is still missing."""
+        match priority:
+            case Priority.DEMAND:
+                while queues.demand:
+                    chunk, part = queues.demand.popitem(last=False)
+                    if self._missing(blob, chunk) == chunk:
+                        return Want(blob, chunk, priority, *part)
+                return None
+            case Priority.READAHEAD:
+                return self._take_ahead(blob, queues)
+            case Priority.FILL:
+                while queues.rest:
+                    chunk, _ = queues.rest.popitem(last=False)
+                    if self._missing(blob, chunk) == chunk and queues.free(chunk):
+                        queues.resting.add(chunk)
+                        return Want(blob, chunk, priority, 0)
+        return self._take_missing(blob, queues, priority)
+
+    def _take_ahead(self, blob: BlobId, queues: _Queues) -> Want | None:
+        while queues.ahead:
+            owner, window = next(iter(queues.ahead.items()))
+            while window:
+                chunk, part = window.popitem(last=False)
+                if queues.free(chunk) and chunk not in queues.demand and self._missing(blob, chunk) == chunk:
+                    queues.ahead.move_to_end(owner)  # the readers of one file take turns too
+                    if not window:
+                        del queues.ahead[owner]
+                    return Want(blob, chunk, Priority.READAHEAD, *part)
+            del queues.ahead[owner]
+        return None
+
+    def _take_missing(self, blob: BlobId, queues: _Queues, priority: Priority) -> Want | None:
         if queues.whole is not priority:
             return None
         chunk = self._next_idle(blob, queues, queues.cursor)
         if chunk is None and queues.cursor > 0:
             chunk = self._next_idle(blob, queues, 0)  # what failed behind the cursor
         if chunk is None:
-            if not queues.running:
+            if not (queues.running or queues.pausing):
                 queues.whole = None  # complete
             return None
         queues.cursor = chunk + 1
@@ -244,57 +379,83 @@ class Scheduler:
     def _next_idle(self, blob: BlobId, queues: _Queues, chunk: int) -> int | None:
         """The first missing chunk at or after `chunk` that is not under way."""
         found = self._missing(blob, chunk)
-        while found is not None and found in queues.running:
+        while found is not None and not queues.free(found):
             found = self._missing(blob, found + 1)
         return found
 
+    # What became of it -----------------------------------------------------------------------------------------------
+
     def finished(self, want: Want) -> None:
         """The order for `want` has ended, well or not; a chunk still missing must be wanted again by the caller."""
-        self._running.pop((want.blob, want.chunk), None)
+        self._running.pop(want.key, None)
+        self._blobs[want.blob].running.discard(want.chunk)
+        self._settle(want)
+
+    def again(self, want: Want, after: float = 0.0) -> None:
+        """`want` was taken by `next` and came to nothing: it is finished, and still wanted as before, or as it is since.
+
+        Not before `after`, in the clock of `next`: until then nobody fetches the chunk, and the others of its blob go on.
+        """
+        self._running.pop(want.key, None)
         queues = self._blobs[want.blob]
         queues.running.discard(want.chunk)
-        queues.resting.discard(want.chunk)
-        queues.raised.pop(want.chunk, None)
-        self._drop_if_idle(want.blob)
+        if after:
+            queues.pausing[want.chunk] = want
+            heapq.heappush(self._pausing, (after, next(self._serial), want))
+        else:
+            self._requeue(want)
 
-    def again(self, want: Want) -> None:
-        """`want` was taken by `next` and came to nothing: it is finished, and still wanted as before, or as it is since."""
+    def _requeue(self, want: Want) -> None:
         queues = self._blobs[want.blob]
         raised = queues.raised.get(want.chunk)
         priority, part = want.priority, (want.first, want.upto)
         if raised is not None and priority is not Priority.DEMAND:
             priority, part = Priority.DEMAND, raised
-        if priority <= Priority.READAHEAD:
-            queue = queues.wanted[priority]
-            queue[want.chunk] = part
-            queue.move_to_end(want.chunk, last=False)
+        if priority is Priority.DEMAND:
+            queues.demand[want.chunk] = part
+            queues.demand.move_to_end(want.chunk, last=False)
+        elif priority is Priority.READAHEAD:
+            queues.ahead.setdefault(_FAILED, OrderedDict())[want.chunk] = part
+            queues.ahead.move_to_end(_FAILED, last=False)
         elif want.chunk in queues.resting:
             queues.rest[want.chunk] = None
-        # PREFETCH and FILL need no more: their scan comes to the chunk again, as long as the whole blob is wanted.
-        self.finished(want)
+        else:
+            queues.cursor = min(
+                queues.cursor, want.chunk
+            )  # the scan comes to it again, as long as the whole blob is wanted
+        self._settle(want)
+
+    def _settle(self, want: Want) -> None:
+        queues = self._blobs[want.blob]
+        queues.resting.discard(want.chunk)
+        queues.raised.pop(want.chunk, None)
+        self._enlist(want.blob, queues)
+        self._drop_if_idle(want.blob)
 
     def next_change(self, now: float) -> float | None:
-        """When a hold ends that keeps something from going, in the clock of `now`; None where no hold has an end."""
-        ends = [until for blob, until in self._holds.items() if now < until and blob in self._blobs]
-        if now < self._origin_hold_until:
-            ends.append(self._origin_hold_until)
-        finite = [end for end in ends if end != float("inf")]
-        return min(finite, default=None)
+        """When a hold or a pause ends, after which something may go, in the clock of `now`; None where none has an end."""
+        while self._hold_ends and self._holds.get(self._hold_ends[0][2]) != self._hold_ends[0][0]:
+            heapq.heappop(self._hold_ends)  # released, or prolonged
+        ends = [heap[0][0] for heap in (self._hold_ends, self._pausing) if heap and now < heap[0][0]]
+        return min(ends, default=None)
 
     @property
     def under_way(self) -> int:
+        """Orders under way."""
         return len(self._running)
 
     def wants(self, blob: BlobId) -> bool:
         """Whether anything of `blob` is under way, or wanted and missing."""
         queues = self._blobs.get(blob)
-        if queues is not None and not queues.running:
+        if queues is not None and not (queues.running or queues.pausing):
             # What was wanted may have come otherwise.
-            for wanted in queues.wanted:
-                for chunk in [c for c in wanted if self._missing(blob, c) != c]:
-                    del wanted[chunk]
+            for window in (queues.demand, *queues.ahead.values()):
+                for chunk in [c for c in window if self._missing(blob, c) != c]:
+                    del window[chunk]
             for chunk in [c for c in queues.rest if self._missing(blob, c) != c]:
                 del queues.rest[chunk]
+            for owner in [o for o, ahead in queues.ahead.items() if not ahead]:
+                del queues.ahead[owner]
             if queues.whole is not None and self._missing(blob, 0) is None:
                 queues.whole = None
             self._drop_if_idle(blob)
@@ -303,4 +464,9 @@ class Scheduler:
     def _drop_if_idle(self, blob: BlobId) -> None:
         queues = self._blobs.get(blob)
         if queues is not None and queues.idle:
+            self._strike_off(blob, queues)
             del self._blobs[blob]
+
+    def _strike_off(self, blob: BlobId, queues: _Queues) -> None:
+        for rotation in self._ready.values():
+            rotation.discard(queues.group, blob)

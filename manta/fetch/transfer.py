@@ -6,7 +6,7 @@ Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fet
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -15,7 +15,6 @@ from manta.cache.store import Blob
 from manta.errors import MantaError, Unavailable
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Sources
-from manta.fetch.workers import Attention
 from manta.model.extents import Extent, ExtentSet
 from manta.wire.messages import Reason
 
@@ -60,8 +59,13 @@ class Transfer:
         """How often each chunk has failed in a row, by reason: three broken connections must not count against a URL that expires then."""
         self.came = 0
         """Bytes that have come for it, whatever became of them: tells slow from stuck."""
-        self.attentions: dict[int, Attention] = {}
-        """By chunk: how to tell that a reader waits for an order under way."""
+        self.watchers: dict[int, Callable[[], None]] = {}
+        """By chunk under way: whom to tell that a reader waits for it."""
+        self.trouble = ""
+        """What happened last to its fetches, as a clause, until something comes: the reason of a reader whose deadline passes."""
+        self.paused_until = 0.0
+        """The origin asked for a pause until then (trio's clock): that nothing comes is no reason to give up."""
+        self._refusal: tuple[MantaError, float] | None = None  # the hub's, and until when it is not asked again
         self._arrived: dict[int, ExtentSet] = {}  # bytes of chunks that are not complete
         self._waiters: set[_Waiter] = set()
         self._scheduler = scheduler
@@ -97,13 +101,15 @@ class Transfer:
                 while True:
                     if self.broken is not None:
                         raise self.broken
+                    if self._refusal is not None and trio.current_time() < self._refusal[1]:
+                        raise self._refusal[0]
                     for chunk in self.blob.missing(extent):
                         of_chunk = self.blob.grid.extent(chunk)
                         first = max(extent.start, of_chunk.start)
                         upto = 0 if onward else min(extent.end, of_chunk.end)
-                        self._scheduler.want(self.blob.id, chunk, Priority.DEMAND, first, upto)
-                        if (attention := self.attentions.get(chunk)) is not None:
-                            attention.want()
+                        self._scheduler.demand(self.blob.id, chunk, first, upto)
+                        if (watch := self.watchers.get(chunk)) is not None:
+                            watch()
                     self._asked(self)
                     await waiter.woken.wait()
                     if self.readable(extent):
@@ -113,20 +119,24 @@ class Transfer:
                     waiter.woken = trio.Event()
             assert patience.cancelled_caught
             raise Unavailable(
-                f"{self.name}: bytes {extent} did not come within {self._patience_s:g} s; the origin or the network is"
-                " too slow or stuck. Try again, or look at `manta status`."
+                f"{self.name}: bytes {extent} did not come within {self._patience_s:g} s:"
+                f" {self.trouble or 'the origin or the network is too slow or stuck'}. Try again, or look at `manta status`."
             )
         finally:
             self._waiters.discard(waiter)
 
-    def look_ahead(self, chunks: range, beyond: Extent) -> None:
-        """Has `chunks` fetched soon: a reader that now reads `beyond` will want them."""
+    def look_ahead(self, owner: Hashable, chunks: range, beyond: Extent) -> None:
+        """Has `chunks` fetched soon, instead of those before: the reader `owner`, who now reads `beyond`, will want them."""
         missing = [c for c in chunks if not self.blob.has(c)]
         self._scheduler.look_ahead(
-            self.blob.id, [(c, max(beyond.end, self.blob.grid.extent(c).start)) for c in missing]
+            self.blob.id, owner, [(c, max(beyond.end, self.blob.grid.extent(c).start)) for c in missing]
         )
         if missing:
             self._asked(self)
+
+    def leave(self, owner: Hashable) -> None:
+        """The reader `owner` will want nothing any more."""
+        self._scheduler.look_ahead(self.blob.id, owner, ())
 
     def want_whole(self, priority: Priority) -> None:
         """Has every missing chunk fetched, at PREFETCH or FILL."""
@@ -137,8 +147,8 @@ class Transfer:
     async def complete(self) -> None:
         """Fetches all of it (PREFETCH) and returns when it is sealed. Raises what became of the fetch.
 
-        It has no deadline of its own: it gives up when nothing has come for the reader's patience. Verifying what has come ends by
-        the digest worker's deadlines.
+        It has no deadline of its own: it gives up when nothing has come for the reader's patience, unless the origin asked for that.
+        Verifying what has come ends by the digest worker's deadlines.
         """
         while not self.sealed.is_set():
             if self.broken is not None:
@@ -154,9 +164,11 @@ class Transfer:
                 self._waiters.discard(waiter)
             if waiter.error is not None:
                 raise waiter.error
-            if patience.cancelled_caught and not (self.blob.complete or self.settling) and self.came == before:
+            excused = self.blob.complete or self.settling or trio.current_time() < self.paused_until + self._patience_s
+            if patience.cancelled_caught and not excused and self.came == before:
                 raise Unavailable(
-                    f"{self.name}: nothing came for {self._patience_s:g} s. Try again; what is here stays."
+                    f"{self.name}: nothing came for {self._patience_s:g} s{f': {self.trouble}' if self.trouble else ''}."
+                    " Try again; what is here stays."
                 )
 
     @property
@@ -181,6 +193,11 @@ class Transfer:
             return part or whole, not part or part == whole
         return whole, True
 
+    def gaps(self, chunk: int, extents: Iterable[Extent]) -> list[Extent]:
+        """What of `extents` (of `chunk`) has not arrived, in their order."""
+        arrived = self._arrived.get(chunk)
+        return [gap for extent in extents for gap in ((extent,) if arrived is None else arrived.gaps(extent))]
+
     def awaited(self, chunk: int) -> bool:
         """Whether a reader waits for bytes of the chunk."""
         return any(w.extent is not None and chunk in self.blob.grid.chunks(w.extent) for w in self._waiters)
@@ -189,6 +206,7 @@ class Transfer:
         """Bytes of an order under way are in the cache file."""
         self._arrived.setdefault(chunk, ExtentSet()).add(Extent(at, upto))
         self.came += upto - at
+        self.trouble = ""
         self.wake()
 
     def recorded(self, chunk: int) -> None:
@@ -215,6 +233,10 @@ class Transfer:
             if chunk is None or waiter.extent is None or chunk in self.blob.grid.chunks(waiter.extent):
                 waiter.error = error
                 waiter.woken.set()
+
+    def refuse(self, error: MantaError, until: float) -> None:
+        """The hub refuses the blob: readers get `error` at once until then (trio's clock), without the hub being asked again."""
+        self._refusal = error, until
 
     def unverified(self, error: MantaError) -> None:
         """Gives `error` to those who wait for the seal; readers have their bytes."""

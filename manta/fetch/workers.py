@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, Protocol
 
 import msgspec
@@ -59,19 +58,39 @@ Role = Literal["fetch", "digest"]
 OnProgress = Callable[[int, int], None]
 
 
-class Attention:
-    """Whether a reader waits for the bytes of an order, which may turn out while it is under way."""
+class OrderControl:
+    """What may still be said about an order for a worker: that a reader waits for its bytes, that it is not needed any more."""
 
     def __init__(self, *, wanted: bool) -> None:
         self.wanted = wanted
-        self.call: Callable[[], None] | None = None
-        """What tells the worker; set while it has the order."""
+        """A reader waits for its bytes."""
+        self.cancelled = False
+        self._number = 0
+        self._tell: Callable[[Watch | Cancel], None] | None = None
 
-    def want(self) -> None:
+    def bind(self, number: int, tell: Callable[[Watch | Cancel], None], *, watched: bool) -> None:
+        """A worker has it as order `number`; `tell` reaches that worker, unless it is too busy. `watched`: it knows of the reader."""
+        self._number, self._tell = number, tell
+        if self.wanted and not watched:
+            tell(Watch(number))
+        if self.cancelled:
+            tell(Cancel(number))
+
+    def release(self) -> None:
+        """It has been answered."""
+        self._tell = None
+
+    def watch(self) -> None:
         if not self.wanted:
             self.wanted = True
-            if self.call is not None:
-                self.call()
+            if self._tell is not None:
+                self._tell(Watch(self._number))
+
+    def cancel(self) -> None:
+        """It is answered soon, as Failed with `cancelled` unless it was done. May be said again, should the worker not have heard."""
+        self.cancelled = True
+        if self._tell is not None:
+            self._tell(Cancel(self._number))
 
 
 class Workers(Protocol):
@@ -80,7 +99,7 @@ class Workers(Protocol):
     async def locate(self, url: str, headers: dict[str, str], deadline_s: float) -> Located | Failed: ...
 
     async def fetch(
-        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, attention: Attention
+        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, control: OrderControl
     ) -> Fetched | Failed: ...
 
     async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed: ...
@@ -275,11 +294,11 @@ class WorkerPool:
         return answer
 
     async def fetch(
-        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, attention: Attention
+        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, control: OrderControl
     ) -> Fetched | Failed:
         # Until its first byte an order may wait for a connection and for the origin, a stall each; a redirect adds another.
         silence_s = 3 * order(0).stall_s
-        answer = await self._order("fetch", order, fd, progress, silence_s, attention)
+        answer = await self._order("fetch", order, fd, progress, silence_s, control)
         assert isinstance(answer, Fetched | Failed)
         return answer
 
@@ -296,20 +315,20 @@ class WorkerPool:
         fd: int | None,
         progress: OnProgress | None,
         silence_s: float,
-        attention: Attention | None = None,
+        control: OrderControl | None = None,
     ) -> Located | Fetched | Digested | Failed:
         worker = await self._pick(role)
         number = next(self._numbers)
+        if control is not None and control.cancelled:
+            return Failed(number, "cancelled", "was cancelled before a worker had it")
         limit_s = silence_s + SILENCE_SLACK_SECONDS
         with trio.CancelScope(deadline=trio.current_time() + limit_s) as scope:
             pending = _Pending(progress, limit_s, scope)
             worker.pending[number] = pending
             try:
                 await worker.channel.send(order := make(number), fd)
-                if attention is not None:
-                    attention.call = partial(worker.channel.tell_nowait, Watch(number))
-                    if attention.wanted and isinstance(order, Fetch) and not order.watched:
-                        attention.call()  # it became wanted while the worker was busy
+                if control is not None:
+                    control.bind(number, worker.channel.tell_nowait, watched=isinstance(order, Fetch) and order.watched)
                 await pending.answered.wait()
             except Closed:
                 # The task in `_keep` sees the same end and answers for all; here it may have been first.
@@ -324,8 +343,8 @@ class WorkerPool:
                     worker.channel.tell_nowait(Cancel(number))
                 raise
             finally:
-                if attention is not None:
-                    attention.call = None
+                if control is not None:
+                    control.release()
         if pending.answer is None:
             log.error("a %s worker (pid %d) was silent for %.0f s; it is killed", role, worker.process.pid, limit_s)
             worker.ready = False  # no more orders for it, until `_keep` has seen its end

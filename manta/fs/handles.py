@@ -83,7 +83,7 @@ class BlobHandle:
                 return data
 
     def _follow_up(self, ahead: range, extent: Extent) -> None:
-        self._transfer.look_ahead(ahead, extent)
+        self._transfer.look_ahead(self, ahead, extent)
         if self._fill:
             # Once per open is enough: it was read from, so the rest is wanted while there is nothing else to do.
             self._fill = False
@@ -114,4 +114,5 @@ class BlobHandle:
         return data
 
     def close(self) -> None:
+        self._transfer.leave(self)
         self._done(self._transfer)

@@ -1,7 +1,7 @@
 """What a hub's headers say about its request quota and how long to wait, here and only here. Pure.
 
 The Hub answers every request with ``RateLimit: "resolvers";r=N;t=S`` (N requests left, S seconds to the window's end) and a
-``RateLimit-Policy``. Used by `manta.hub.refusal`, `manta.hub.huggingface` and `manta.worker.origin`.
+``RateLimit-Policy``. Used by `manta.hub.refusal`, `manta.hub.huggingface`, `manta.fetch.locator` and `manta.worker.origin`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ def parse_quota(headers: Mapping[str, str]) -> Quota | None:
     )
 
 
+def spent_for_s(headers: Mapping[str, str]) -> float:
+    """Seconds until a quota is filled again whose last request this answer was: 0 to WAIT_S_MAX; 0 while there is some left."""
+    quota = parse_quota(headers)
+    # The window's end is told in whole seconds, rounded down.
+    return min(quota.reset_s + 1.0, WAIT_S_MAX) if quota is not None and quota.remaining == 0 else 0.0
+
+
 def wait_s(headers: Mapping[str, str], now: float) -> float:
     """Seconds to wait after a 429 with these headers at `now` (seconds since the epoch): 0 to WAIT_S_MAX."""
     seconds = asked_wait_s(headers, now)
@@ -60,11 +67,7 @@ def wait_s(headers: Mapping[str, str], now: float) -> float:
 
 def asked_wait_s(headers: Mapping[str, str], now: float) -> float | None:
     """What the headers ask for: the end of a spent quota's window, else Retry-After. 0 to WAIT_S_MAX; None where they ask for nothing."""
-    quota = parse_quota(headers)
-    if quota is not None and quota.remaining == 0:
-        # The window's end is told in whole seconds, rounded down.
-        return min(quota.reset_s + 1.0, WAIT_S_MAX)
-    return retry_after_s(headers, now)
+    return spent_for_s(headers) or retry_after_s(headers, now)
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,8 +28,8 @@ import trio
 
 from manta.cache.digests import chunk_digest
 from manta.errors import MantaError
-from manta.fetch.workers import Attention, OnProgress
-from manta.wire.messages import Digest, Digested, Failed, Fetch, Fetched, Locate, Located, Reason
+from manta.fetch.workers import OnProgress, OrderControl
+from manta.wire.messages import Cancel, Digest, Digested, Failed, Fetch, Fetched, Locate, Located, Reason, Watch
 from manta.worker.digester import Digester
 from manta.worker.failure import OrderFailed, disk_failure
 
@@ -86,6 +87,8 @@ class FakeWorkers:
         self.piece_bytes = piece_bytes
         self.lifetime_s: float | None = None
         """How long a location is good, by its URL; None: it does not say."""
+        self.quota: dict[str, str] = {}
+        """What the hub says of its quota: headers of each location."""
         self.orders: list[Order] = []
         """All that was ordered, the latest last."""
         self.under_way = 0
@@ -97,7 +100,7 @@ class FakeWorkers:
         self._published: dict[str, bytes] = {}
         self._located: dict[str, str] = {}
         self._faults: list[Fault] = []
-        self._chunks: set[tuple[str, int]] = set()
+        self._chunks: Counter[tuple[str, int]] = Counter()
         self._digester = Digester()
         self._numbers = itertools.count(1)
         self._serial = itertools.count(1)
@@ -169,26 +172,37 @@ class FakeWorkers:
             if self.lifetime_s is not None:
                 location += f"&Expires={int(time.time() + self.lifetime_s)}"
             self._located[location] = url
-            return Located(number, 302, url, {"location": location, "x-linked-size": str(len(data))})
+            return Located(number, 302, url, {"location": location, "x-linked-size": str(len(data)), **self.quota})
 
     async def fetch(
-        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, attention: Attention
+        self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, control: OrderControl
     ) -> Fetched | Failed:
         number = next(self._numbers)
         told = order(number)
         hub_url = self._located[told.url]
         key = hub_url, told.start
-        if key in self._chunks:
-            self.violations.append(f"chunk {told.start}..{told.end} of {hub_url} was ordered while under way")
+        if self._chunks[key] > 1:
+            self.violations.append(
+                f"chunk {told.start}..{told.end} of {hub_url} was ordered a third time while under way"
+            )
         if any(not told.start <= start < end <= told.end for start, end in told.extents):
             self.violations.append(f"extents {told.extents} of chunk {told.start}..{told.end}")
-        self._chunks.add(key)
+        self._chunks[key] += 1
+        cancelled = trio.CancelScope()
+
+        def tell(message: Watch | Cancel) -> None:
+            if isinstance(message, Cancel):
+                cancelled.cancel()
+
+        control.bind(number, tell, watched=told.watched)
         try:
-            with _Counted(self, told):
+            with _Counted(self, told), cancelled:
                 await trio.lowlevel.checkpoint()
                 return await self._write(told, hub_url, fd, progress)
+            return Failed(number, "cancelled", "was cancelled")
         finally:
-            self._chunks.discard(key)
+            control.release()
+            self._chunks[key] -= 1
 
     async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed:
         number = next(self._numbers)

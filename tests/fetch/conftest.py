@@ -171,7 +171,7 @@ class World:
         assert not self.fetcher._scheduler._running
         assert not self.sealer._following
         assert not self.store._open
-        assert self.fetcher._locating.borrowed_tokens == 0
+        assert not self.fetcher._flights
 
 
 def assert_fit_to_read(error: MantaError) -> None:

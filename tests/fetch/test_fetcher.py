@@ -14,16 +14,20 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from manta.cache.digests import chunk_digest
 from manta.errors import Absent, CacheBroken, Corrupt, Denied, MantaError, NoSpace, Unavailable
-from manta.fetch.fetcher import LOCATING_MAX
-from manta.fetch.retry import ATTEMPTS_MAX, DENIALS_MAX
+from manta.fetch.fetcher import REFUSED_SECONDS
+from manta.fetch.locator import FIRST_ANSWER_SECONDS_MAX, LOCATING_MAX
+from manta.fetch.pacing import CONNECTIONS_FIRST
+from manta.fetch.retry import ATTEMPTS_MAX, REFUSALS_MAX
 from manta.fetch.scheduler import Priority
 from manta.fetch.sources import Provenance
+from manta.fetch.stragglers import SILENCE_SECONDS
 from manta.model.extents import Extent
 from manta.model.snapshot import FileEntry
 from manta.testing.workers import SECRET, Order, failed
 from manta.wire.messages import Fetch, Located, Reason
-from tests.fetch.conftest import CHUNK, COMMIT, NEXT_BOOT, TOKEN, File, World, prefill
+from tests.fetch.conftest import CHUNK, COMMIT, ENDPOINT, NEXT_BOOT, TOKEN, File, World, prefill
 
 MakeWorld = Callable[..., World]
 pytestmark = pytest.mark.trio
@@ -36,6 +40,11 @@ def of_chunk(chunk: int) -> Callable[[Order], bool]:
 def of(world: World, file: File) -> Callable[[Order], bool]:
     """Orders for `file`, by its size: fetches do not name it."""
     return lambda order: isinstance(order, Fetch) and order.blob_size == len(file.data)
+
+
+def throttled(seconds: int) -> Located:
+    """The hub's answer when its quota is spent."""
+    return Located(0, 429, ENDPOINT, {"ratelimit": f'"resolvers";r=0;t={seconds}'})
 
 
 async def wait(world: World) -> None:
@@ -129,14 +138,14 @@ async def test_a_reader_has_a_deadline_and_the_fetch_has_not(autojump_clock: Moc
     world = make_world(read_timeout_s=20.0)
     async with world.running():
         file = world.publish("a", CHUNK)
-        fault = world.workers.fault("fetch", hold=True)
+        fault = world.workers.fault("fetch", hold=True, times=None)
         began = trio.current_time()
         with pytest.raises(Unavailable, match="did not come within 20 s"):
             await world.read_once(file, 0, 100)
         assert trio.current_time() - began == pytest.approx(20)
         fault.release()
         await world.read_once(file, 0, 100)
-        assert len(world.workers.fetches) == 1
+        assert len(world.workers.fetches) == 2  # it was hedged
 
 
 async def test_readers_of_other_chunks_are_not_woken_by_an_error(autojump_clock: MockClock, world: World) -> None:
@@ -193,7 +202,7 @@ async def test_background_that_is_stopped_leaves_nothing(autojump_clock: MockClo
         assert world.fetcher.transfer(str(file.blob)) is transfer  # orders are under way
         fault.release()
         await world.quiet()
-        assert len(world.workers.fetches) == world.config.connections
+        assert len(world.workers.fetches) == CONNECTIONS_FIRST
 
 
 async def test_background_that_is_stopped_while_its_location_is_asked_for_leaves_nothing(
@@ -230,8 +239,8 @@ async def test_a_readahead_window_alone_keeps_nothing_open(autojump_clock: MockC
     async with world.running():
         file = world.publish("a", 5 * CHUNK)
         transfer = world.fetcher.open(file.provenance)
-        transfer.look_ahead(range(2, 4), Extent(0, 2 * CHUNK))
-        transfer.look_ahead(range(0), Extent(0, 10))
+        transfer.look_ahead("reader", range(2, 4), Extent(0, 2 * CHUNK))
+        transfer.look_ahead("reader", range(0), Extent(0, 10))
         world.fetcher.close(transfer)
         assert not world.fetcher._transfers
 
@@ -248,7 +257,7 @@ async def test_a_prefetch_that_gets_nothing_gives_up_and_a_slow_one_does_not(
         world.fetcher.close(transfer)
         world.workers.seconds_per_piece = 0.0
         stuck = world.publish("stuck", CHUNK)
-        fault = world.workers.fault("fetch", hold=True)
+        fault = world.workers.fault("fetch", hold=True, times=None)
         transfer = world.fetcher.open(stuck.provenance)
         with pytest.raises(Unavailable, match="nothing came for 20 s"):
             await transfer.complete()
@@ -314,9 +323,9 @@ async def test_what_may_be_wrong_is_fetched_again(autojump_clock: MockClock, wor
     ("reason", "kind", "orders", "locates"),
     [
         ("unavailable", Unavailable, ATTEMPTS_MAX, 1),
-        ("denied", Denied, DENIALS_MAX, DENIALS_MAX),
-        ("absent", Absent, DENIALS_MAX, DENIALS_MAX),
-        ("corrupt", Corrupt, DENIALS_MAX, DENIALS_MAX),
+        ("denied", Denied, REFUSALS_MAX, REFUSALS_MAX),
+        ("absent", Absent, REFUSALS_MAX, REFUSALS_MAX),
+        ("corrupt", Corrupt, REFUSALS_MAX, REFUSALS_MAX),
         ("no_space", NoSpace, 1, 1),
         ("cache_broken", CacheBroken, 1, 1),
     ],
@@ -369,12 +378,12 @@ async def test_a_reader_of_a_chunk_that_is_being_read_ahead_is_not_lost_when_tha
         file = world.publish("a", 3 * CHUNK)
         fault = world.workers.fault("fetch", failed(), hold=True, where=of_chunk(1))
         transfer = world.fetcher.open(file.provenance)
-        transfer.look_ahead(range(1, 2), Extent(0, CHUNK))
+        transfer.look_ahead("reader", range(1, 2), Extent(0, CHUNK))
         await fault.reached.wait()
         async with trio.open_nursery() as readers:
             readers.start_soon(world.read, file, transfer, CHUNK, CHUNK + 10)
             await wait(world)
-            transfer.look_ahead(range(0), Extent(0, 10))  # another reader's
+            transfer.look_ahead("reader", range(0), Extent(0, 10))  # another reader's
             began = trio.current_time()
             fault.release()
         assert trio.current_time() - began < 1
@@ -458,7 +467,7 @@ async def test_a_location_is_asked_for_once_for_many_chunks_and_with_the_token(
         world.fetcher.close(transfer)
     (order,) = world.workers.locates
     assert order.headers["authorization"] == f"Bearer {TOKEN}"
-    assert order.deadline_s == world.config.stall_s
+    assert order.deadline_s == FIRST_ANSWER_SECONDS_MAX
     assert all(SECRET in fetch.url and "authorization" not in fetch.headers for fetch in world.workers.fetches)
 
 
@@ -527,8 +536,7 @@ async def test_what_the_hub_refuses_is_told_with_its_error(
 async def test_a_throttled_hub_is_waited_for_and_nobody_else_asks(autojump_clock: MockClock, world: World) -> None:
     async with world.running():
         one, two = world.publish("a", CHUNK), world.publish("b", CHUNK)
-        throttled = Located(0, 429, one.url, {"ratelimit": '"resolvers";r=0;t=30'})
-        world.workers.fault("locate", throttled)
+        world.workers.fault("locate", throttled(30))
         began = trio.current_time()
         async with trio.open_nursery() as readers:
             readers.start_soon(world.read_once, one, 0, 10)
@@ -545,8 +553,8 @@ async def test_a_hub_that_throttles_for_ever_is_told_by_the_readers_deadline(
     world = make_world(read_timeout_s=60.0)
     async with world.running():
         file = world.publish("a", CHUNK)
-        throttled = Located(0, 429, file.url, {"retry-after": "10"})
-        fault = world.workers.fault("locate", throttled, times=None)
+        answer = Located(0, 429, file.url, {"retry-after": "10"})
+        fault = world.workers.fault("locate", answer, times=None)
         with pytest.raises(Unavailable, match="within 60 s"):
             await world.read_once(file, 0, 10)
         assert fault.struck <= 7
@@ -596,7 +604,7 @@ async def test_one_file_that_stalls_holds_no_other(autojump_clock: MockClock, wo
         files = [world.publish(f"f{number}", CHUNK + number) for number in range(16)]
         fault = world.workers.fault("fetch", hold=True, times=None, where=of(world, stuck))
         transfer = world.fetcher.open(stuck.provenance)
-        transfer.look_ahead(range(1, 12), Extent(0, 10))
+        transfer.look_ahead("reader", range(1, 12), Extent(0, 10))
         transfer.want_whole(Priority.FILL)
         async with trio.open_nursery() as readers:
             readers.start_soon(world.read, stuck, transfer, 0, 10)
@@ -705,7 +713,7 @@ async def test_offline_what_is_cached_is_read_and_the_rest_is_told(
     async with world.running():
         transfer = world.fetcher.open(file.provenance)
         transfer.want_whole(Priority.FILL)
-        transfer.look_ahead(range(1, 3), Extent(0, 10))
+        transfer.look_ahead("reader", range(1, 3), Extent(0, 10))
         await world.read(file, transfer, 0, CHUNK)
         with pytest.raises(Unavailable, match="offline"):
             await world.read(file, transfer, CHUNK - 1, CHUNK + 1)
@@ -795,3 +803,169 @@ async def test_no_secret_is_logged(autojump_clock: MockClock, world: World, capl
 async def swallow(read: Callable[..., object], *arguments: object) -> None:
     with pytest.raises(MantaError):
         await read(*arguments)  # type: ignore[misc]
+
+
+# Stragglers --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stalled_order_is_hedged_and_its_reader_waits_no_longer_than_that(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.running():
+        file = world.publish("a", 3 * CHUNK)
+        world.workers.fault("fetch", hold=True, after_bytes=CHUNK // 2)
+        began = trio.current_time()
+        await world.read_once(file, 0, CHUNK)
+        assert SILENCE_SECONDS < trio.current_time() - began < SILENCE_SECONDS + 1
+        assert len(world.workers.fetches) == 2
+        assert world.workers.fetches[1].extents == [(CHUNK // 2, CHUNK)]  # what came is not asked for again
+        await world.quiet_fetches()
+        transfer = world.fetcher.open(file.provenance)
+        assert transfer.blob.digest(0) == chunk_digest(file.data[:CHUNK])
+        world.fetcher.close(transfer)
+
+
+async def test_a_straggler_that_wins_after_all_counts(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        late = world.workers.fault("fetch", hold=True, after_bytes=5)
+        hedge = world.workers.fault("fetch", hold=True, after_bytes=7)
+        async with trio.open_nursery() as readers:
+            readers.start_soon(world.read_once, file, 0, CHUNK)
+            await hedge.reached.wait()
+            late.release()
+    assert len(world.workers.fetches) == 3  # the third reads back what two have written
+    assert world.workers.fetches[-1].extents == []
+
+
+async def test_a_hedge_that_fails_costs_nothing(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        late = world.workers.fault("fetch", hold=True, after_bytes=5)
+        hedge = world.workers.fault("fetch", failed("denied", status=403))
+        async with trio.open_nursery() as readers:
+            readers.start_soon(world.read_once, file, 0, CHUNK)
+            await hedge.reached.wait()
+            await wait(world)
+            late.release()
+    assert world.failures == []
+    assert len(world.workers.locates) == 1
+
+
+async def test_two_that_fail_are_one_failure(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        late = world.workers.fault("fetch", failed(), hold=True, after_bytes=5)
+        hedge = world.workers.fault("fetch", failed())
+        async with trio.open_nursery() as readers:
+            readers.start_soon(world.read_once, file, 0, CHUNK)
+            await hedge.reached.wait()
+            late.release()
+    assert len(world.workers.fetches) == 3
+
+
+async def test_a_wrong_byte_that_a_straggler_wrote_is_in_the_digest(autojump_clock: MockClock, world: World) -> None:
+    """Two write to one chunk: what is recorded is the digest of what is there, and the blob's digest finds it out."""
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        world.workers.fault("fetch", hold=True, after_bytes=CHUNK // 2)
+        transfer = world.fetcher.open(file.provenance)
+        with trio.fail_after(60):
+            while not world.workers.fetches:
+                transfer.want_whole(Priority.PREFETCH)
+                await trio.sleep(0.1)
+            await wait(world)
+            os.pwrite(transfer.blob.fd, b"\x00wrong\x00", 10)
+            while not world.failures:
+                await trio.sleep(0.5)
+        assert "digest" in world.failures[0][1].message
+        await transfer.complete()
+        assert os.pread(transfer.blob.fd, CHUNK, 0) == file.data
+        world.fetcher.close(transfer)
+
+
+async def test_one_stalled_file_never_holds_sixteen_healthy_readers(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        stuck = world.publish("stuck", 40 * CHUNK, data=bytes(40 * CHUNK))
+        files = [world.publish(f"f{number}", 3 * CHUNK) for number in range(16)]
+        fault = world.workers.fault("fetch", hold=True, times=None, where=of(world, stuck))
+        async with trio.open_nursery() as nursery:
+            for chunk in range(40):  # a reader for each of its chunks
+                nursery.start_soon(world.read_once, stuck, chunk * CHUNK, chunk * CHUNK + 10)
+            await fault.reached.wait()
+            began = trio.current_time()
+            async with trio.open_nursery() as healthy:
+                for file in files:
+                    healthy.start_soon(world.read_once, file, 0, len(file.data))
+            assert trio.current_time() == began
+            fault.release()
+
+
+# Pauses that origins ask for ---------------------------------------------------------------------------------------------
+
+
+async def test_a_pause_of_the_hub_does_not_stop_what_has_a_location(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        known, other = world.publish("a", 2 * CHUNK), world.publish("b", CHUNK)
+        transfer = world.fetcher.open(known.provenance)
+        await world.read(known, transfer, 0, 10)
+        world.workers.fault("locate", throttled(30))
+        async with trio.open_nursery() as readers:
+            readers.start_soon(world.read_once, other, 0, 10)
+            await wait(world)
+            began = trio.current_time()
+            await world.read(known, transfer, CHUNK, CHUNK + 10)
+            assert trio.current_time() == began
+        assert trio.current_time() - began >= 30
+        world.fetcher.close(transfer)
+
+
+async def test_a_quota_that_is_spent_is_heeded_before_the_hub_refuses(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        one, two = world.publish("a", CHUNK), world.publish("b", CHUNK)
+        world.workers.quota = {"ratelimit": '"resolvers";r=0;t=40'}
+        began = trio.current_time()
+        await world.read_once(one, 0, 10)
+        assert trio.current_time() == began
+        world.workers.quota = {}
+        await world.read_once(two, 0, 10)
+        assert 40 <= trio.current_time() - began < 45
+        assert len(world.workers.locates) == 2
+
+
+async def test_a_prefetch_outlasts_a_pause_that_was_asked_for(autojump_clock: MockClock, make_world: MakeWorld) -> None:
+    world = make_world(read_timeout_s=20.0)
+    async with world.running():
+        file = world.publish("a", 2 * CHUNK)
+        world.workers.fault("fetch", failed("throttled", status=429, retry_after_s=100))
+        transfer = world.fetcher.open(file.provenance)
+        await transfer.complete()
+        world.fetcher.close(transfer)
+        other = world.publish("b", CHUNK)
+        world.workers.fault("locate", throttled(100))
+        with pytest.raises(Unavailable, match="asked for a pause of"):
+            await world.read_once(other, 0, 10)
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_every_provenance_is_refused_once_and_the_hub_is_left_alone_for_a_while(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.running():
+        one = world.publish("a", 5 * CHUNK)
+        two = world.publish("a", 5 * CHUNK, repo="org/two", data=one.data)
+        for file in (one, two):
+            world.workers.withdraw(file.url)
+        transfer = world.fetcher.open(one.provenance)
+        world.fetcher.open(two.provenance)
+        for chunk in range(5):
+            with pytest.raises(Absent, match="org/two"):
+                await world.read(one, transfer, chunk * CHUNK, chunk * CHUNK + 10)
+        assert len(world.workers.locates) == 2
+        world.workers.publish(one.url, one.data)
+        await trio.sleep(REFUSED_SECONDS)
+        await world.read(one, transfer, 0, 10)
+        for _ in range(2):
+            world.fetcher.close(transfer)

@@ -49,7 +49,7 @@ def transfer(tmp_path: Path, asked: Asked) -> Iterator[Transfer]:
         def missing(_blob: BlobId, chunk: int) -> int | None:
             return next((c for c in range(chunk, len(blob.grid)) if not blob.has(c)), None)
 
-        made = Transfer(blob, Scheduler(4, missing), asked, 60.0)
+        made = Transfer(blob, Scheduler(lambda: 4, missing), asked, 60.0)
         entry = FileEntry("model.bin", SIZE, BLOB)
         made.sources.add(Provenance(RepoId(RepoKind.MODEL, "org/one"), COMMIT, entry, Access.anonymous()))
         yield made
@@ -277,14 +277,14 @@ def test_nothing_is_wanted_of_a_complete_or_broken_blob(transfer: Transfer, aske
     for chunk in range(5):
         record(transfer, chunk)
     transfer.want_whole(Priority.FILL)
-    transfer.look_ahead(range(1, 3), Extent(0, 10))
+    transfer.look_ahead("reader", range(1, 3), Extent(0, 10))
     assert asked.count == 0
     assert not transfer._scheduler.wants(BLOB)
 
 
 def test_readahead_goes_on_behind_the_read(transfer: Transfer) -> None:
     record(transfer, 1)
-    transfer.look_ahead(range(3), Extent(0, 300_000))
+    transfer.look_ahead("reader", range(3), Extent(0, 300_000))
     scheduler = transfer._scheduler
     assert scheduler.next(0.0) == Want(BLOB, 0, Priority.READAHEAD, 300_000)
     assert scheduler.next(0.0) == Want(BLOB, 2, Priority.READAHEAD, 2 * CHUNK)
@@ -300,7 +300,7 @@ BIG_CHUNK = 8 * PART_BYTES_MIN
 def roomy(tmp_path: Path, asked: Asked) -> Iterator[Transfer]:
     """A transfer whose chunks have room for parts."""
     with Store(tmp_path / "big", chunk_size=BIG_CHUNK) as store, store.open_blob(BLOB, 3 * BIG_CHUNK) as blob:
-        yield Transfer(blob, Scheduler(4, lambda _blob, chunk: chunk), asked, 60.0)
+        yield Transfer(blob, Scheduler(lambda: 4, lambda _blob, chunk: chunk), asked, 60.0)
 
 
 def part(transfer: Transfer, first: int, upto: int) -> tuple[list[tuple[int, int]], bool]:

@@ -19,7 +19,7 @@ import trio
 from manta.cache.digests import chunk_digest
 from manta.errors import Unavailable
 from manta.fetch import workers as module
-from manta.fetch.workers import Attention, WorkerPool
+from manta.fetch.workers import OrderControl, WorkerPool
 from manta.testing.hub import Generated, GeneratedContent, HubProcess, HubSpec, RepoSpec, faults
 from manta.wire.channel import receive_nowait
 from manta.wire.messages import Digested, Failed, Fetch, Fetched, Located
@@ -30,8 +30,8 @@ DATA = GeneratedContent("one", SIZE).read()
 pytestmark = [pytest.mark.trio, pytest.mark.timeout(60)]
 
 
-def watched() -> Attention:
-    return Attention(wanted=True)
+def watched() -> OrderControl:
+    return OrderControl(wanted=True)
 
 
 @pytest.fixture(scope="module")

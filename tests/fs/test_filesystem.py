@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from trio.testing import wait_all_tasks_blocked
 
 from manta.config import FetchConfig
 from manta.errors import Absent, Denied, Invalid
@@ -392,10 +393,12 @@ async def test_a_file_tells_how_much_of_it_is_cached(tmp_path: Path) -> None:
         assert state() == ("absent", "0")
         opened = fs.open_file(inode)
         await fs.read(opened.handle, 2 * CHUNK, 1)
+        await wait_all_tasks_blocked()  # the reader has its byte before the chunk is recorded
         transfer = b.blobs.fetcher.transfer(str(entry.blob))
         assert transfer is not None
         assert state() == ("partial", str(CHUNK))
         await fs.read(opened.handle, 0, len(WEIGHTS))
+        await wait_all_tasks_blocked()
         assert state() == ("complete", str(len(WEIGHTS)))
         transfer.blob.seal()
         assert state() == ("sealed", str(len(WEIGHTS)))
