@@ -92,7 +92,7 @@ class Fetcher:
         transfer = self._transfers.get(key)
         if transfer is None:
             blob = self._store.open_blob(entry.blob, entry.size)
-            transfer = Transfer(blob, self._scheduler, self._on_asked, self._config.read_timeout_s)
+            transfer = Transfer(blob, self._scheduler, self._on_asked, self._tell, self._config.read_timeout_s)
             self._transfers[key] = transfer
             if blob.doubtful:
                 transfer.users += 1
@@ -346,6 +346,9 @@ class Fetcher:
             transfer.attempts.pop(chunk, None)
             self._scheduler.unwant_whole(transfer.blob.id)
         transfer.fail(error, chunk)
+        self._tell(transfer, error)
+
+    def _tell(self, transfer: Transfer, error: MantaError) -> None:
         self._failed(transfer.sources.best, error)
 
 

@@ -1,6 +1,7 @@
 """One blob that is being read or fetched: what of it is there, who waits for which bytes. Here and only here.
 
-Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fetch.fetcher` does, and hears through `asked`.
+Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fetch.fetcher` does, and hears through `asked`, and
+through `failed` of each reader whose deadline passed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ class _Waiter:
 class Transfer:
     """Made by `Fetcher.open`, shared by everybody who uses the blob; each calls `close` once."""
 
-    def __init__(self, blob: Blob, scheduler: Scheduler, asked: Callable[[Transfer], None], patience_s: float) -> None:
+    def __init__(
+        self,
+        blob: Blob,
+        scheduler: Scheduler,
+        asked: Callable[[Transfer], None],
+        failed: Callable[[Transfer, MantaError], None],
+        patience_s: float,
+    ) -> None:
         self.blob = blob
         self.sources = Sources()
         self.users = 0
@@ -70,6 +78,7 @@ class Transfer:
         self._waiters: set[_Waiter] = set()
         self._scheduler = scheduler
         self._asked = asked
+        self._failed = failed
         self._patience_s = patience_s
         if blob.sealed:
             self.sealed.set()
@@ -118,10 +127,12 @@ class Transfer:
                         raise waiter.error
                     waiter.woken = trio.Event()
             assert patience.cancelled_caught
-            raise Unavailable(
-                f"{self.name}: bytes {extent} did not come within {self._patience_s:g} s:"
+            late = Unavailable(
+                f"{self.name}: what was read did not come within {self._patience_s:g} s:"
                 f" {self.trouble or 'the origin or the network is too slow or stuck'}. Try again, or look at `manta status`."
             )
+            self._failed(self, late)
+            raise late
         finally:
             self._waiters.discard(waiter)
 

@@ -819,7 +819,7 @@ async def test_a_stalled_order_is_hedged_and_its_reader_waits_no_longer_than_tha
         assert SILENCE_SECONDS < trio.current_time() - began < SILENCE_SECONDS + 1
         assert len(world.workers.fetches) == 2
         assert world.workers.fetches[1].extents == [(CHUNK // 2, CHUNK)]  # what came is not asked for again
-        await world.quiet_fetches()
+        await wait(world)
         transfer = world.fetcher.open(file.provenance)
         assert transfer.blob.digest(0) == chunk_digest(file.data[:CHUNK])
         world.fetcher.close(transfer)
