@@ -50,8 +50,9 @@ from manta.fs.nodes import blob_key
 from manta.fuse import kernel_settings
 from manta.fuse.pyfuse3_session import Pyfuse3Session
 from manta.hub.catalog import Catalog
+from manta.hub.circuit import Circuits
 from manta.hub.huggingface import HuggingFaceHub
-from manta.hub.origin import Access, default_access
+from manta.hub.origin import Access, default_access, origin_of
 from manta.model.ids import BlobId, parse_target
 from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
@@ -88,6 +89,7 @@ class Daemon:
         self._workers = WorkerPool(config.fetch.workers)
         self._sealer = Sealer(self._workers, self._failures.add, lambda transfer: self._forget_pages(transfer.blob.id))
         self._hub = HuggingFaceHub(config.hub)
+        self._circuits = Circuits()
         self._fetcher = Fetcher(
             store,
             self._workers,
@@ -95,6 +97,7 @@ class Daemon:
             config.fetch,
             self._failures.add,
             self._sealer.grown,
+            self._circuits,
         )
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
@@ -123,6 +126,7 @@ class Daemon:
                 offline=config.hub.offline,
                 timeout_s=config.hub.timeout_s,
                 owner=self._access,
+                circuit=self._circuits.of(origin_of(self._hub.endpoint)),
             )
             self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
             self._filesystem = Filesystem(self._mounts.folder, self, self._count_read, fill=config.fetch.fill)

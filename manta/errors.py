@@ -42,6 +42,10 @@ class Unavailable(MantaError):
     code = "unavailable"
 
 
+class Unreachable(Unavailable):
+    """The origin could not be asked at all, or said nothing: no name, no connection, no answer. What `manta.hub.circuit` counts."""
+
+
 class Throttled(Unavailable):
     """The origin asked us to slow down (HTTP 429). `retry_after_s` is how long it asked us to wait."""
 
@@ -97,4 +101,4 @@ BY_CODE: dict[str, type[MantaError]] = {
         NotRunning,
     )
 }
-"""Error classes by code. `Throttled` arrives at clients of the control API as `Unavailable`: they cannot act on it."""
+"""Error classes by code. `Throttled` and `Unreachable` arrive at clients of the control API as `Unavailable`: they cannot act on it."""

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"errors", "model"},
     "hub": {"errors", "model", "config"},
     # The data path, each on the one before. Of the hub it knows the values; who asks the hub is the daemon.
-    "fetch": {"errors", "model", "config", "cache", "wire", "hub.origin", "hub.quota"},
+    "fetch": {"errors", "model", "config", "cache", "wire", "hub.circuit", "hub.origin", "hub.quota"},
     "fs": {"errors", "model", "fetch", "hub.origin"},
     "fuse": {"errors", "fs"},
     # The worker process: the wire, the digests that it computes where it writes, and how to read a hub's request to wait.

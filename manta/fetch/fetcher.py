@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 
 import trio
 
@@ -30,6 +31,7 @@ from manta.fetch.stragglers import Stragglers
 from manta.fetch.throttle import Throttles
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import Workers
+from manta.hub.circuit import Circuits
 from manta.hub.origin import Location, Origin
 from manta.wire.messages import Failed, Fetched
 
@@ -60,6 +62,7 @@ class Fetcher:
         config: FetchConfig,
         failed: OnFailure,
         grown: OnArrival,
+        circuits: Circuits | None = None,
     ) -> None:
         self._store = store
         self._workers = workers
@@ -71,7 +74,10 @@ class Fetcher:
         self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group)
         self._stragglers = Stragglers()
         self._throttles = Throttles()
-        self._locator = Locator(workers, origin, config.stall_s, self._throttles) if origin is not None else None
+        self._circuits = circuits or Circuits()
+        self._locator = (
+            Locator(workers, origin, config.stall_s, self._throttles, self._circuits) if origin is not None else None
+        )
         self._flights: set[Flight] = set()
         self._flying = trio.Event()  # replaced when nothing is under way
         self._stirred = trio.Event()
@@ -93,6 +99,7 @@ class Fetcher:
         if transfer is None:
             blob = self._store.open_blob(entry.blob, entry.size)
             transfer = Transfer(blob, self._scheduler, self._on_asked, self._tell, self._config.read_timeout_s)
+            transfer.outage = partial(self._outage, transfer)
             self._transfers[key] = transfer
             if blob.doubtful:
                 transfer.users += 1
@@ -184,6 +191,9 @@ class Fetcher:
             self._scheduler.again(want)
             self._scheduler.hold(want.blob, until)
             self._paused(transfer, until)
+        elif not (circuit := self._circuits.of(location.origin)).admits(now):
+            self._scheduler.again(want)
+            self._scheduler.hold(want.blob, now + circuit.wait_s(now))
         else:
             flight = Flight(self._workers, transfer, want, location, self._config.stall_s, self._came)
             self._flights.add(flight)
@@ -194,6 +204,15 @@ class Fetcher:
         """Blobs of one snapshot take their turns together, so that a mount of many files has no more than one of a few."""
         provenance = self._transfers[str(blob_id)].sources.best
         return provenance.repo, provenance.commit
+
+    def _outage(self, transfer: Transfer) -> str:
+        """Why the origin that the blob's bytes would come from is out of reach; "" where that is not known."""
+        location = transfer.sources.location
+        if self._locator is None or transfer.settling:
+            return ""
+        if location is None or location.stale(time.time()):
+            return self._circuits.of(self._locator.origin).reason
+        return self._circuits.of(location.origin).reason
 
     def _came(self, count: int) -> None:
         self.origin_meter.add(count, trio.current_time())
@@ -292,6 +311,7 @@ class Fetcher:
 
     def _after_success(self, flight: Flight, answer: Fetched) -> None:
         transfer, want = flight.transfer, flight.want
+        self._circuits.of(flight.location.origin).answered(trio.current_time())
         self._pacer.succeeded()
         self._stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
         self._scheduler.finished(want)
@@ -316,6 +336,11 @@ class Fetcher:
             want.chunk, want.blob, transfer.name, failure.message, attempts, "trying again" if verdict.retry else "giving up",
         )  # fmt: skip
         transfer.trouble = failure.message
+        circuit = self._circuits.of(flight.location.origin)
+        if failure.unreachable:
+            circuit.failed(flight.course.began, now, f"{failure.message}. {_ADVICE['unavailable']}")
+        elif failure.status:
+            circuit.answered(now)
         if failure.reason == "unavailable":
             self._pacer.lost(now)
         if failure.reason == "corrupt":

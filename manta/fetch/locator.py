@@ -17,6 +17,7 @@ from manta.fetch.retry import ATTEMPTS_MAX, PAUSE_SECONDS, PAUSE_SECONDS_MAX, RE
 from manta.fetch.sources import Provenance, Sources
 from manta.fetch.throttle import Throttles
 from manta.fetch.workers import Workers
+from manta.hub.circuit import Circuits
 from manta.hub.origin import Location, Origin, origin_of
 from manta.hub.quota import spent_for_s
 from manta.wire.messages import Failed, Located
@@ -32,18 +33,19 @@ this is lost more often than late."""
 
 
 class Locator:
-    """`throttles` is told which origin wants to be left alone, and heeded."""
+    """`throttles` and `circuits` are told which origin wants to be left alone or is out of reach, and heeded."""
 
-    def __init__(self, workers: Workers, origin: Origin, deadline_s: float, throttles: Throttles) -> None:
+    def __init__(
+        self, workers: Workers, origin: Origin, deadline_s: float, throttles: Throttles, circuits: Circuits
+    ) -> None:
+        self.origin = origin_of(origin.endpoint)
+        """Who is asked."""
         self._workers = workers
         self._origin = origin
         self._deadline_s = deadline_s
         self._throttles = throttles
+        self._circuits = circuits
         self._asking = trio.CapacityLimiter(LOCATING_MAX)
-
-    def origin_to_ask(self, sources: Sources) -> str:
-        """Which origin `ask` would ask."""
-        return origin_of(self._request(sources.best)[0])
 
     async def ask(self, sources: Sources, wanted: Callable[[], bool], paused: Callable[[float], None]) -> Location:
         """The location of the blob that `sources` lead to; the best of them is asked about first.
@@ -57,12 +59,13 @@ class Locator:
         while True:
             provenance = sources.best
             url, headers = self._request(provenance)
-            await self._await_pause(origin_of(url), wanted, paused)
+            await self._until_it_may_be_asked(wanted, paused)
             deadline_s = self._deadline_s if attempts else min(self._deadline_s, FIRST_ANSWER_SECONDS_MAX)
+            began = trio.current_time()
             async with self._asking:
                 answer = await self._workers.locate(url, headers, deadline_s)
             try:
-                return self._read(provenance, url, answer)
+                return self._read(provenance, answer, began)
             except Throttled:
                 # It does not count towards giving up: waiting is what the hub asked for, and readers have their own deadline.
                 continue
@@ -87,20 +90,28 @@ class Locator:
         )
         return request.url, dict(request.headers)
 
-    async def _await_pause(self, origin: str, wanted: Callable[[], bool], paused: Callable[[float], None]) -> None:
-        while (until := self._throttles.until(origin, trio.current_time())) is not None:
+    async def _until_it_may_be_asked(self, wanted: Callable[[], bool], paused: Callable[[float], None]) -> None:
+        """Returns when the hub is neither in a pause nor out of reach, or this is to be a probe."""
+        while (until := self._throttles.until(self.origin, trio.current_time())) is not None:
             paused(until)
             await trio.sleep_until(until)
             if not wanted():
-                raise Throttled(f"{origin} asked for a pause, and nobody waits for this file any more.", 0.0)
+                raise Throttled(f"{self.origin} asked for a pause, and nobody waits for this file any more.", 0.0)
+        circuit = self._circuits.of(self.origin)
+        while not circuit.admits(trio.current_time()):  # noqa: ASYNC110 - it is pure and has nothing to wait on
+            await trio.sleep(circuit.wait_s(trio.current_time()))
 
-    def _read(self, provenance: Provenance, url: str, answer: Located | Failed) -> Location:
-        """What `answer` to `url` says; a pause that it asks for holds for the node from now on. Raises the named errors."""
+    def _read(self, provenance: Provenance, answer: Located | Failed, began: float) -> Location:
+        """What `answer` to a question of `began` says; what it says of the hub holds for the node from now on. Raises the named errors."""
+        now, circuit = trio.current_time(), self._circuits.of(self.origin)
         if isinstance(answer, Failed):
-            raise Unavailable(f"{provenance}: {answer.message}. Try again; `manta doctor` checks the way to the hub.")
-        now, origin = trio.current_time(), origin_of(url)
+            advice = "Try again; `manta doctor` checks the way to the hub."
+            if answer.unreachable:
+                circuit.failed(began, now, f"{answer.message}. {advice}")
+            raise Unavailable(f"{provenance}: {answer.message}. {advice}")
+        circuit.answered(now)
         if spent_s := spent_for_s(answer.headers):
-            self._throttles.pause(origin, now + spent_s)
+            self._throttles.pause(self.origin, now + spent_s)
         try:
             return self._origin.parse_location(
                 provenance.repo,
@@ -113,6 +124,6 @@ class Locator:
                 now=time.time(),
             )
         except Throttled as e:
-            self._throttles.pause(origin, now + max(e.retry_after_s, PAUSE_SECONDS))
+            self._throttles.pause(self.origin, now + max(e.retry_after_s, PAUSE_SECONDS))
             log.warning("the hub asks for a pause of %.0f s: %s", e.retry_after_s, e.message)
             raise

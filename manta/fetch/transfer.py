@@ -16,6 +16,7 @@ from manta.cache.store import Blob
 from manta.errors import MantaError, Unavailable
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Sources
+from manta.hub.circuit import PATIENCE_S
 from manta.model.extents import Extent, ExtentSet
 from manta.wire.messages import Reason
 
@@ -71,6 +72,8 @@ class Transfer:
         """By chunk under way: whom to tell that a reader waits for it."""
         self.trouble = ""
         """What happened last to its fetches, as a clause, until something comes: the reason of a reader whose deadline passes."""
+        self.outage: Callable[[], str] = str
+        """Why the origin of its bytes cannot be reached, as far as is known already: who begins to wait then does not wait for long."""
         self.paused_until = 0.0
         """The origin asked for a pause until then (trio's clock): that nothing comes is no reason to give up."""
         self._refusal: tuple[MantaError, float] | None = None  # the hub's, and until when it is not asked again
@@ -106,35 +109,48 @@ class Transfer:
         waiter = _Waiter(extent)
         self._waiters.add(waiter)
         try:
-            with trio.move_on_after(self._patience_s) as patience:
-                while True:
-                    if self.broken is not None:
-                        raise self.broken
-                    if self._refusal is not None and trio.current_time() < self._refusal[1]:
-                        raise self._refusal[0]
-                    for chunk in self.blob.missing(extent):
-                        of_chunk = self.blob.grid.extent(chunk)
-                        first = max(extent.start, of_chunk.start)
-                        upto = 0 if onward else min(extent.end, of_chunk.end)
-                        self._scheduler.demand(self.blob.id, chunk, first, upto)
-                        if (watch := self.watchers.get(chunk)) is not None:
-                            watch()
-                    self._asked(self)
-                    await waiter.woken.wait()
-                    if self.readable(extent):
-                        return
-                    if waiter.error is not None:
-                        raise waiter.error
-                    waiter.woken = trio.Event()
-            assert patience.cancelled_caught
-            late = Unavailable(
+            if self.outage():
+                with trio.move_on_after(PATIENCE_S):
+                    await self._wait(waiter, extent, onward)
+                    return
+                if reason := self.outage():
+                    raise self._told(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
+            with trio.move_on_after(self._patience_s):
+                await self._wait(waiter, extent, onward)
+                return
+            raise self._told(
                 f"{self.name}: what was read did not come within {self._patience_s:g} s:"
                 f" {self.trouble or 'the origin or the network is too slow or stuck'}. Try again, or look at `manta status`."
             )
-            self._failed(self, late)
-            raise late
         finally:
             self._waiters.discard(waiter)
+
+    def _told(self, sentence: str) -> Unavailable:
+        """An error that is the reader's own: nobody else has heard of it."""
+        error = Unavailable(sentence)
+        self._failed(self, error)
+        return error
+
+    async def _wait(self, waiter: _Waiter, extent: Extent, onward: bool) -> None:
+        while True:
+            if self.broken is not None:
+                raise self.broken
+            if self._refusal is not None and trio.current_time() < self._refusal[1]:
+                raise self._refusal[0]
+            for chunk in self.blob.missing(extent):
+                of_chunk = self.blob.grid.extent(chunk)
+                first = max(extent.start, of_chunk.start)
+                upto = 0 if onward else min(extent.end, of_chunk.end)
+                self._scheduler.demand(self.blob.id, chunk, first, upto)
+                if (watch := self.watchers.get(chunk)) is not None:
+                    watch()
+            self._asked(self)
+            await waiter.woken.wait()
+            if self.readable(extent):
+                return
+            if waiter.error is not None:
+                raise waiter.error
+            waiter.woken = trio.Event()
 
     def look_ahead(self, owner: Hashable, chunks: range, beyond: Extent) -> None:
         """Has `chunks` fetched soon, instead of those before: the reader `owner`, who now reads `beyond`, will want them."""
@@ -166,10 +182,10 @@ class Transfer:
                 raise self.broken
             waiter = _Waiter(None)
             self._waiters.add(waiter)
-            before = self.came
+            before, asked = self.came, trio.current_time()
             try:
                 self.want_whole(Priority.PREFETCH)
-                with trio.move_on_after(self._patience_s) as patience:
+                with trio.move_on_after(PATIENCE_S if self.outage() else self._patience_s) as patience:
                     await waiter.woken.wait()
             finally:
                 self._waiters.discard(waiter)
@@ -177,6 +193,10 @@ class Transfer:
                 raise waiter.error
             excused = self.blob.complete or self.settling or trio.current_time() < self.paused_until + self._patience_s
             if patience.cancelled_caught and not excused and self.came == before:
+                if reason := self.outage():
+                    raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
+                if trio.current_time() - asked < self._patience_s:
+                    continue  # it was out of reach, and is not any more
                 raise Unavailable(
                     f"{self.name}: nothing came for {self._patience_s:g} s{f': {self.trouble}' if self.trouble else ''}."
                     " Try again; what is here stays."

@@ -22,7 +22,8 @@ from typing import Generic, Protocol, TypeVar, cast
 
 import trio
 
-from manta.errors import Absent, Denied, MantaError, Throttled, Unavailable
+from manta.errors import Absent, Denied, MantaError, Throttled, Unavailable, Unreachable
+from manta.hub.circuit import PATIENCE_S, Circuit
 from manta.hub.origin import Access, Origin
 from manta.hub.refusal import Question, gated
 from manta.model.ids import DEFAULT_REVISION, Commit, RepoId, is_commit
@@ -112,10 +113,12 @@ class Metadata(Protocol):
 
 
 class Catalog:
-    """See the module. `owner` is the daemon's own access; `clock` gives seconds since the epoch for what is stored.
+    """See the module. `owner` is the daemon's own access; `clock` gives seconds since the epoch for what is stored; `circuit` is the
+    origin's, which others that ask it may share.
 
     Its methods raise what `manta.hub.origin.Origin` says, within `timeout_s` (that of the origin's own questions) for a revision and
-    TREE_DEADLINES times that for a tree, plus BACKSTOP_S, and DISK_S for each use of the store.
+    TREE_DEADLINES times that for a tree, plus BACKSTOP_S, and DISK_S for each use of the store. While the origin is known to be out of
+    reach they take PATIENCE_S at most.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Catalog:
         timeout_s: float = 20.0,
         owner: Access | None = None,
         clock: Callable[[], float] = time.time,
+        circuit: Circuit | None = None,
     ) -> None:
         self._origin = origin
         self._store = store
@@ -136,6 +140,7 @@ class Catalog:
         self._timeout_s = timeout_s
         self._owner = owner or Access.anonymous()
         self._clock = clock
+        self._circuit = circuit or Circuit(origin.endpoint)
         self._disk = trio.CapacityLimiter(1)
         self._flights: dict[Hashable, _Flight] = {}
         self._resolutions: _Lapsing[Resolution] = _Lapsing(ANSWERS_MAX)
@@ -268,17 +273,52 @@ class Catalog:
         if refused is not None:
             raise _again(refused)
         try:
+            if self._circuit.open:
+                return await self._probe(timeout_s, ask, subject)
+            return await self._outcome(timeout_s, ask, subject)
+        except MantaError as error:
+            self._refusals.put(key, error, _believed_s(error))
+            raise
+
+    async def _outcome(self, timeout_s: float, ask: Callable[[], Awaitable[T]], subject: str) -> T:
+        """What `ask` says, by a deadline; the circuit hears whether the origin was there."""
+        began = trio.current_time()
+        try:
             with trio.fail_after(timeout_s + BACKSTOP_S):
-                return await ask()
+                answer = await ask()
         except trio.TooSlowError:
-            error: MantaError = Unavailable(
+            error = Unreachable(
                 f"{self._origin.endpoint} did not answer within {timeout_s:.0f} s when asked for {subject}:"
                 " check the network, or try again."
             )
-        except MantaError as refusal:
-            error = refusal
-        self._refusals.put(key, error, _believed_s(error))
+        except Unreachable as silence:
+            error = silence
+        except MantaError:
+            self._circuit.answered(trio.current_time())
+            raise
+        else:
+            self._circuit.answered(trio.current_time())
+            return answer
+        self._circuit.failed(began, trio.current_time(), error.message)
         raise error
+
+    async def _probe(self, timeout_s: float, ask: Callable[[], Awaitable[T]], subject: str) -> T:
+        """What `ask` says where the origin, out of reach so far, is back. Raises Unreachable for the known reason, soon.
+
+        A probe goes on by itself: one that ended with its asker's patience would never find an origin that is slow.
+        """
+        known = self._circuit.reason
+        if self._circuit.admits(trio.current_time()):
+            probe = _Flight()
+            self._nursery.start_soon(probe.fly, lambda: self._outcome(timeout_s, ask, subject))
+            with trio.move_on_after(PATIENCE_S):
+                await probe.landed.wait()
+                # The question says which kind of answer it is.
+                return cast(T, probe.outcome())
+        raise Unreachable(
+            f"{self._origin.endpoint} is out of reach, so it was not asked for {subject}; it is tried again by itself."
+            f" The last attempt: {known}"
+        )
 
     def _offline_error(self, subject: str) -> Unavailable:
         return Unavailable(
@@ -308,21 +348,14 @@ class Catalog:
             flight = self._flights[key] = _Flight()
             self._nursery.start_soon(self._fly, key, flight, ask)
         await flight.landed.wait()
-        if flight.error is not None:
-            raise _again(flight.error)
         # The key says which kind of answer it is.
-        return cast(T, flight.answer)
+        return cast(T, flight.outcome())
 
     async def _fly(self, key: Hashable, flight: _Flight, ask: Callable[[], Awaitable[object]]) -> None:
         try:
-            flight.answer = await ask()
-            flight.error = None
-        except Exception as error:
-            # Also what no one foresaw: it ends this question, and not the daemon with everyone's mounts.
-            flight.error = error
+            await flight.fly(ask)
         finally:
             del self._flights[key]
-            flight.landed.set()
 
 
 class _Flight:
@@ -330,8 +363,24 @@ class _Flight:
 
     def __init__(self) -> None:
         self.landed = trio.Event()
-        self.answer: object = None
-        self.error: Exception | None = Unavailable("Manta is stopping: the question was not answered.")
+        self._answer: object = None
+        self._error: Exception | None = Unavailable("Manta is stopping: the question was not answered.")
+
+    async def fly(self, ask: Callable[[], Awaitable[object]]) -> None:
+        try:
+            self._answer = await ask()
+            self._error = None
+        except Exception as error:
+            # Also what no one foresaw: it ends this question, and not the daemon with everyone's mounts.
+            self._error = error
+        finally:
+            self.landed.set()
+
+    def outcome(self) -> object:
+        """The answer. Raises what kept it from coming."""
+        if self._error is not None:
+            raise _again(self._error)
+        return self._answer
 
 
 class _Lapsing(Generic[T]):

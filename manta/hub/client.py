@@ -54,10 +54,22 @@ BODY_BYTES_MAX = 64 * 1024 * 1024
 REFUSAL_BYTES_MAX = 64 * 1024
 """How much of a refusal's body is read, in search of the hub's own words."""
 
-Kind = Literal["name", "refused", "tls", "timeout", "proxy", "connection", "protocol", "redirect", "size", "abandoned"]
+Kind = Literal[
+    "name",
+    "unconnected",
+    "refused",
+    "tls",
+    "timeout",
+    "proxy",
+    "connection",
+    "protocol",
+    "redirect",
+    "size",
+    "abandoned",
+]
 
 
-_PASSING: frozenset[Kind] = frozenset({"name", "refused", "timeout", "connection", "protocol"})
+_PASSING: frozenset[Kind] = frozenset({"name", "unconnected", "refused", "timeout", "connection", "protocol"})
 """What may be over at the next attempt."""
 
 
@@ -266,6 +278,8 @@ def _broken(error: httpx.HTTPError) -> Broken:
             return Broken("name")
         if isinstance(cause, ConnectionRefusedError):
             return Broken("refused")
+    if isinstance(error, httpx.ConnectTimeout):
+        return Broken("unconnected")
     if isinstance(error, httpx.TimeoutException):
         return Broken("timeout")
     if isinstance(error, httpx.ProxyError):

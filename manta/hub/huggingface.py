@@ -20,7 +20,7 @@ import trio
 
 from manta import __version__
 from manta.config import HubConfig
-from manta.errors import Absent, Corrupt, Denied, Invalid, MantaError, Throttled, Unavailable
+from manta.errors import Absent, Corrupt, Denied, Invalid, MantaError, Throttled, Unavailable, Unreachable
 from manta.hub import location
 from manta.hub.origin import Access, Location, OriginRequest, Resolved, origin_of
 from manta.hub.quota import Quota, parse_quota
@@ -53,6 +53,9 @@ ENTRIES_MAX = 200_000
 
 _MEMORY_MAX = 1024
 """How many repos' gated/private marks are remembered."""
+
+_OUT_OF_REACH = frozenset({"name", "unconnected", "refused", "connection"})
+"""What no answer came of. The other failures say that something is there."""
 
 _MASK = "*"
 
@@ -260,8 +263,8 @@ class HuggingFaceHub:
                 until - now,
             )
 
-    def _silence(self, question: Question) -> Unavailable:
-        return Unavailable(
+    def _silence(self, question: Question) -> Unreachable:
+        return Unreachable(
             f"{self._endpoint} did not answer within {self._timeout_s:.0f} s when asked for {question.subject}:"
             " check the network, or try again."
         )
@@ -274,6 +277,8 @@ class HuggingFaceHub:
             case "name":
                 host = urlsplit(hub).hostname
                 why = f"the name {host!r} has no address. Check HF_ENDPOINT, DNS and the network"
+            case "unconnected":
+                why = "it took no connection in time. Check the network and its firewalls, or try again"
             case "refused":
                 why = "nothing listens there (connection refused). Check HF_ENDPOINT and that the hub runs"
             case "tls":
@@ -292,7 +297,8 @@ class HuggingFaceHub:
                 why = "the connection broke. Check the network, or try again"
             case "protocol":
                 why = f"what answers there does not keep to HTTP ({broken.detail}). Check HF_ENDPOINT"
-        return Unavailable(f"{hub} could not be asked for {subject}: {why}.")
+        kind = Unreachable if broken.kind in _OUT_OF_REACH else Unavailable
+        return kind(f"{hub} could not be asked for {subject}: {why}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 import trio
 
 from manta.cache.digests import chunk_digest
@@ -277,4 +278,4 @@ class _Counted:
 
 
 def _numbered(answer: Failed, number: int) -> Failed:
-    return Failed(number, answer.reason, answer.message, answer.status, answer.retry_after_s)
+    return msgspec.structs.replace(answer, order=number)

@@ -128,6 +128,8 @@ class Failed(Message, frozen=True, tag="failed"):
     status: int = 0
     """The HTTP status, 0 where there was none."""
     retry_after_s: float = 0.0
+    unreachable: bool = False
+    """No connection came about, or nothing at all was said on it: the host may be down, see `manta.hub.circuit`."""
 
 
 ToWorker = Locate | Fetch | Watch | Digest | Cancel

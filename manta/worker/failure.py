@@ -11,14 +11,17 @@ if TYPE_CHECKING:
 
 
 class OrderFailed(Exception):
-    """`message` is a clause for a sentence, without URLs that are signed and without tokens."""
+    """`message` is a clause for a sentence, without signed URLs and without tokens. The rest is as in `manta.wire.messages.Failed`."""
 
-    def __init__(self, reason: Reason, message: str, status: int = 0, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self, reason: Reason, message: str, status: int = 0, retry_after_s: float = 0.0, *, unreachable: bool = False
+    ) -> None:
         super().__init__(message)
         self.reason: Reason = reason
         self.message = message
         self.status = status
         self.retry_after_s = retry_after_s
+        self.unreachable = unreachable
 
 
 def disk_failure(e: OSError) -> OrderFailed:

@@ -156,7 +156,8 @@ class OriginClient:
                             kept["location"] = str(there)
                         return Located(order.order, response.status, str(url), kept)
         except TimeoutError as e:
-            raise OrderFailed("unavailable", f"{url.host} did not answer within {order.deadline_s:.0f} s") from e
+            what = f"{url.host} did not answer within {order.deadline_s:.0f} s"
+            raise OrderFailed("unavailable", what, unreachable=True) from e
         except aiohttp.ClientError as e:
             raise _connection_failure(url, e) from e
         raise OrderFailed("unavailable", f"{url.host} redirects in a loop")
@@ -175,7 +176,8 @@ class OriginClient:
                 await self._fetch_extent(order, url, start, end, sink, intake)
             digest = sink.finish() if order.last else b""
         except aiohttp.ConnectionTimeoutError as e:
-            raise OrderFailed("unavailable", f"{url.host} took no connection for {CONNECT_SECONDS_MAX:g} s") from e
+            what = f"{url.host} took no connection for {CONNECT_SECONDS_MAX:g} s"
+            raise OrderFailed("unavailable", what, unreachable=True) from e
         except TimeoutError as e:
             raise OrderFailed("unavailable", f"{url.host} sent nothing for {order.stall_s:g} s") from e
         except aiohttp.ClientError as e:
@@ -337,7 +339,9 @@ def _connection_failure(url: URL, e: aiohttp.ClientError) -> OrderFailed:
             what = f"broke the connection ({e.strerror or 'reset'})"
         case _:
             what = f"sent what is not HTTP ({type(e).__name__})"
-    return OrderFailed("unavailable", f"{url.host} {what}")
+    secured = isinstance(e, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError)
+    unreachable = isinstance(e, aiohttp.ClientConnectorError) and not secured
+    return OrderFailed("unavailable", f"{url.host} {what}", unreachable=unreachable)
 
 
 def _tls_reason(e: aiohttp.ClientConnectorError | aiohttp.ClientConnectorCertificateError) -> str:

@@ -141,7 +141,7 @@ class _Worker:
         except asyncio.CancelledError:
             answer = Failed(order.order, "cancelled", "was cancelled")
         except OrderFailed as e:
-            answer = Failed(order.order, e.reason, e.message, e.status, e.retry_after_s)
+            answer = Failed(order.order, e.reason, e.message, e.status, e.retry_after_s, e.unreachable)
         except Exception as e:
             answer = Failed(order.order, "unavailable", f"failed in the worker: {type(e).__name__}")
         finally:

@@ -44,6 +44,8 @@ _random_bytes = random.Random(4).randbytes(8 * CHUNK + 3)
 class HubAddresses:
     """The part of an origin that the fetcher uses: what to ask and what the answer means."""
 
+    endpoint = ENDPOINT
+
     def location_request(self, repo: RepoId, commit: Commit, path: str, access: Access) -> OriginRequest:
         return location.location_request(ENDPOINT, repo, commit, path, access)
 

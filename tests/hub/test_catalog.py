@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from manta.cache.metadata import MetadataStore
 from manta.config import HubConfig
-from manta.errors import Absent, CacheBroken, Corrupt, Denied, MantaError, Throttled, Unavailable
+from manta.errors import Absent, CacheBroken, Corrupt, Denied, MantaError, Throttled, Unavailable, Unreachable
 from manta.hub import catalog as module
 from manta.hub.catalog import (
     ABSENT_S,
@@ -23,6 +23,7 @@ from manta.hub.catalog import (
     Catalog,
     Resolution,
 )
+from manta.hub.circuit import PATIENCE_S, PROBE_S
 from manta.hub.huggingface import HuggingFaceHub
 from manta.hub.origin import Access, Origin
 from manta.model.ids import Commit, RepoId, RepoKind
@@ -210,6 +211,59 @@ async def test_an_unreachable_origin_and_nothing_stored_is_unavailable(catalog: 
     origin.failure = DOWN
     with pytest.raises(Unavailable, match="hub is down"):
         await catalog.resolve(REPO, "main", ANONYMOUS)
+
+
+@pytest.mark.trio
+async def test_an_origin_out_of_reach_costs_the_next_who_ask_little(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore, mock_clock: MockClock
+) -> None:
+    store.named[REPO, "main"] = (B, 1.0)
+    origin.hold()  # it takes connections and says nothing
+    outcomes: list[Resolution | MantaError] = []
+
+    async def ask(repo: RepoId) -> None:
+        try:
+            outcomes.append(await catalog.resolve(repo, "main", ANONYMOUS))
+        except MantaError as error:
+            outcomes.append(error)
+
+    async def after(seconds: float, repo: RepoId) -> Resolution | MantaError:
+        async with trio.open_nursery() as asker:
+            asker.start_soon(ask, repo)
+            await wait_all_tasks_blocked()
+            mock_clock.jump(seconds)
+        return outcomes[-1]
+
+    why = "https://hub.example did not answer within 20 s when asked for org/name@main: check the network, or try again."
+    assert await after(20.0 + BACKSTOP_S, REPO) == Resolution(B, stale=True, reason=why)
+    for name in "abcdefgh":
+        refused = await after(PATIENCE_S, RepoId(RepoKind.MODEL, f"org/{name}"))
+        assert isinstance(refused, Unreachable)
+        assert f"org/{name}@main" in refused.message
+        assert "did not answer within 20 s" in refused.message
+    asked = len(origin.asked)
+    assert 4 <= asked <= 8, "probes, now and then"
+    # And it comes back by itself.
+    origin.open.set()
+    mock_clock.jump(max(PROBE_S, UNAVAILABLE_S))
+    assert await catalog.resolve(REPO, "main", ANONYMOUS) == Resolution(A)
+    assert len(origin.asked) == asked + 1, "the probe's answer is the answer"
+
+
+@pytest.mark.trio
+async def test_a_refusal_says_that_the_origin_is_there(
+    catalog: Catalog, origin: FakeOrigin, mock_clock: MockClock
+) -> None:
+    origin.failure = Unreachable("No connection.")
+    for _ in range(3):
+        with pytest.raises(Unreachable):
+            await catalog.resolve(REPO, "main", ANONYMOUS)
+        mock_clock.jump(UNAVAILABLE_S)
+    origin.failure = Denied("No.")
+    with pytest.raises(Denied):
+        await catalog.resolve(REPO, "main", ANONYMOUS)
+    origin.failure = None
+    assert await catalog.resolve(REPO, "main", MEMBER) == Resolution(A)
 
 
 @pytest.mark.parametrize("error", [Absent("Gone."), Denied("No."), Corrupt("Wrong.")])
