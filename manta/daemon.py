@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import select
-import signal
 import sys
 import time
 from functools import partial
@@ -58,6 +57,7 @@ from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.mounts import Mounted, Mounts
+from manta.operations.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,10 @@ LINGER_SECONDS = 1.0
 
 INIT_SECONDS_MAX = 10.0
 """The kernel and the session shake hands in a millisecond; after this the mount is used with the kernel's own settings."""
+
+UNMOUNT_SECONDS = 5.0
+"""How long readers may go on with what they have open after the daemon was told to stop. Then the FUSE connection is aborted, and they get
+errors. The bound on the whole end is the watchdog's."""
 
 MOUNTINFO_SECONDS = 5.0
 """mountinfo is looked at this often also when the kernel announces no change."""
@@ -83,6 +87,10 @@ class Daemon:
         self._failures = Failures()
         self._read_bytes = 0
         self._stopping = trio.Event()
+        self._hurrying = trio.Event()
+        self._watchdog: Watchdog
+        self._device = ""
+        """Of the FUSE filesystem, MAJOR:MINOR, while it is mounted."""
         self._stirred = trio.Event()  # something ended that may have been the last
         self._metadata = MetadataStore(store.layout.meta)
         self._pins = Pins(store.layout.pins)
@@ -112,10 +120,18 @@ class Daemon:
 
     # Life ------------------------------------------------------------------------------------------------------------
 
-    async def run(self, ready: _Readiness) -> None:
-        """Serves until stopped. Raises what keeps it from starting."""
+    async def run(self, ready: _Readiness, watchdog: Watchdog) -> None:
+        """Serves until stopped. Raises what keeps it from starting. `watchdog` is started when the end begins."""
+        self._watchdog = watchdog
+        self._config.make_instance_dir()
+        token = trio.lowlevel.current_trio_token()
+
+        def told(again: bool) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._stop, again)
+
+        watchdog.heed_signals(told)
         config = self._config
-        config.make_instance_dir()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._access = await trio.to_thread.run_sync(default_access)
@@ -139,7 +155,6 @@ class Daemon:
             nursery.start_soon(self._workers.run)
             nursery.start_soon(self._sealer.run, self._fetcher)
             nursery.start_soon(self._housekeeping.run)
-            nursery.start_soon(self._heed_signals)
             listener = None
             try:
                 if not self._direct:
@@ -151,6 +166,7 @@ class Daemon:
                 log.info("manta %s serves %s, pid %d", __version__, config.cache.dir, os.getpid())
                 await self._until_stopped()
             finally:
+                self._watchdog.start()
                 with trio.CancelScope(shield=True):
                     await self._end_session()
                     if listener is not None:
@@ -163,15 +179,7 @@ class Daemon:
         while not self._stopping.is_set():
             self._stirred = trio.Event()
             with trio.move_on_after(LINGER_SECONDS) as idle:
-                async with trio.open_nursery() as waiting:
-
-                    async def until(event: trio.Event) -> None:
-                        await event.wait()
-                        waiting.cancel_scope.cancel()
-
-                    waiting.start_soon(until, self._stopping)
-                    waiting.start_soon(until, self._stirred)
-                    await trio.sleep_forever()
+                await _any_of(self._stopping, self._stirred)
             if idle.cancelled_caught and self._ephemeral and not self._busy:
                 log.info("nothing is mounted any more: leaving")
                 self._stopping.set()
@@ -180,11 +188,11 @@ class Daemon:
     def _busy(self) -> bool:
         return bool(len(self._mounts) or self._jobs.running or self._control.connected)
 
-    async def _heed_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                log.info("stopping: %s", signal.Signals(number).name)
-                self._stopping.set()
+    def _stop(self, again: bool) -> None:
+        """A signal came."""
+        self._stopping.set()
+        if again:
+            self._hurrying.set()
 
     def _stir(self) -> None:
         self._stirred.set()
@@ -209,6 +217,7 @@ class Daemon:
             with contextlib.suppress(OSError):
                 await trio.to_thread.run_sync(os.statvfs, directory, abandon_on_cancel=True)
         if (entry := mounted_at(str(directory))) is not None:
+            self._device = entry.device
             kernel_settings.apply(entry.device, self._config.fuse.readahead_kib, self._config.instance_dir)
 
     async def _serve_session(self, session: Pyfuse3Session) -> None:
@@ -225,20 +234,26 @@ class Daemon:
             session.close()
             self._filesystem.close()
             self._session = None
+            self._device = ""
             self._session_ended.set()
 
     async def _end_session(self) -> None:
         """Unmounts everything, lazily where it is busy: readers keep what they have open until the process ends."""
         if self._session is None:
             return
-        directory = self._config.mount_root if not self._direct else Path(self._mounts.only.directory)
-        entry = mounted_at(str(directory))
-        if entry is not None:
-            _unmount_all(entry.device)
-        with trio.move_on_after(5):
-            await self._session_ended.wait()
-        if entry is not None and not self._session_ended.is_set():
-            kernel_settings.abort(entry.device, self._config.instance_dir)
+        if self._device:
+            _unmount_all(self._device)
+        with trio.move_on_after(UNMOUNT_SECONDS):
+            await _any_of(self._session_ended, self._hurrying)
+        if not self._session_ended.is_set():
+            self.abort()
+
+    def abort(self) -> None:
+        """Takes the filesystem away whoever uses it: they get errors now. Any thread, so that the watchdog can."""
+        if device := self._device:
+            log.warning("files are still open: their readers get errors from now on")
+            _unmount_all(device)
+            kernel_settings.abort(device, self._config.instance_dir)
 
     async def _watch_mounts(self) -> None:
         """Ends mounts whose binding is gone. The kernel marks mountinfo readable-with-priority when a mount comes or goes."""
@@ -266,7 +281,7 @@ class Daemon:
             if entry.blob is not None and entry.blob not in shown:
                 self._fetcher.stop_background(str(entry.blob))
         if self._session is not None and not self._direct:
-            self._session.forget_name(mounted.id, self._filesystem.number(mounted.root))
+            self._nursery.start_soon(self._session.forget_name, mounted.id, self._filesystem.number(mounted.root))
         self._stir()
 
     def _forget_pages(self, blob: BlobId) -> None:
@@ -323,7 +338,11 @@ class Daemon:
             origin_bytes=self._fetcher.origin_meter.total,
             read_bytes=self._read_bytes,
             workers=len(self._workers.pids),
-            errors=[*([self._pins.problem] if self._pins.problem else []), *self._failures.all()],
+            errors=[
+                *([self._pins.problem] if self._pins.problem else []),
+                *self._circuits.reasons(),
+                *self._failures.all(),
+            ],
         )
 
     async def mount(self, request: MountRequest) -> Mount:
@@ -397,6 +416,18 @@ class Daemon:
             raise NotRunning("The daemon is shutting down. Try again in a moment.")
 
 
+async def _any_of(*events: trio.Event) -> None:
+    """Returns when one of them is set."""
+    async with trio.open_nursery() as waiting:
+
+        async def until(event: trio.Event) -> None:
+            await event.wait()
+            waiting.cancel_scope.cancel()
+
+        for event in events:
+            waiting.start_soon(until, event)
+
+
 # Mount hygiene -----------------------------------------------------------------------------------------------------------
 
 
@@ -466,8 +497,11 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # huggingface_hub's client tells every request
     ready = _Readiness(ready_fd)
     try:
-        with Store(config.cache.dir) as store:
-            trio.run(Daemon(config, store, ephemeral).run, ready)
+        with contextlib.ExitStack() as end, Store(config.cache.dir) as store:
+            daemon = Daemon(config, store, ephemeral)
+            # Outside of the store too: a disk may be slow to close it.
+            watchdog = end.enter_context(Watchdog(daemon.abort))
+            trio.run(daemon.run, ready, watchdog)
     except BaseException as e:
         error = _error_of(e)
         if error is None:

@@ -31,7 +31,7 @@ from manta.fetch.stragglers import Stragglers
 from manta.fetch.throttle import Throttles
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import Workers
-from manta.hub.circuit import Circuits
+from manta.hub.circuit import Circuit, Circuits
 from manta.hub.origin import Location, Origin
 from manta.wire.messages import Failed, Fetched
 
@@ -195,7 +195,8 @@ class Fetcher:
             self._scheduler.again(want)
             self._scheduler.hold(want.blob, now + circuit.wait_s(now))
         else:
-            flight = Flight(self._workers, transfer, want, location, self._config.stall_s, self._came)
+            came = partial(self._came, circuit)
+            flight = Flight(self._workers, transfer, want, location, self._config.stall_s, came)
             self._flights.add(flight)
             self._flying.set()
             self._nursery.start_soon(self._carry_out, flight)
@@ -214,8 +215,10 @@ class Fetcher:
             return self._circuits.of(self._locator.origin).reason
         return self._circuits.of(location.origin).reason
 
-    def _came(self, count: int) -> None:
-        self.origin_meter.add(count, trio.current_time())
+    def _came(self, circuit: Circuit, count: int) -> None:
+        now = trio.current_time()
+        circuit.answered(now)
+        self.origin_meter.add(count, now)
         self._pacer.came(count)
 
     @staticmethod
@@ -311,7 +314,6 @@ class Fetcher:
 
     def _after_success(self, flight: Flight, answer: Fetched) -> None:
         transfer, want = flight.transfer, flight.want
-        self._circuits.of(flight.location.origin).answered(trio.current_time())
         self._pacer.succeeded()
         self._stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
         self._scheduler.finished(want)

@@ -112,14 +112,19 @@ class _TreeFolder(Folder):
 
 
 class SnapshotFolder(_TreeFolder):
-    """A folder of a snapshot, its files as they are."""
+    """A folder of a snapshot, its files as they are.
 
-    def __init__(self, source: SnapshotSource, snapshot: Snapshot, folder: str = "") -> None:
-        super().__init__(source, snapshot, folder, f"tree:{snapshot.repo}@{snapshot.commit}:{folder}")
+    `place` tells apart where the snapshot is shown: a mount, a name in it. The kernel gives the inode of a directory one name, so one that
+    is found by two moves from the first to the second, and a mount of the first is then taken for one of the second.
+    """
+
+    def __init__(self, source: SnapshotSource, snapshot: Snapshot, folder: str = "", *, place: str = "") -> None:
+        super().__init__(source, snapshot, folder, f"tree:{place}:{snapshot.repo}@{snapshot.commit}:{folder}")
+        self._place = place
 
     def _node(self, path: str, entry: FileEntry | None) -> Node:
         if entry is None:
-            return SnapshotFolder(self._source, self._snapshot, path)
+            return SnapshotFolder(self._source, self._snapshot, path, place=self._place)
         return BlobNode(Provenance(self._snapshot.repo, self._snapshot.commit, entry, self._source.access))
 
 
@@ -170,15 +175,19 @@ class OrganisationFolder(Folder):
             commit = await self._source.freeze(repo, _revision_of(revision) if at else None)
         except Invalid as e:
             raise _absent(name) from e
-        return SnapshotFolder(self._source, await self._source.snapshot(repo, commit))
+        return await self._shown(name, repo, commit)
 
     async def children(self) -> Sequence[tuple[str, Node]]:
         shown: list[tuple[str, Node]] = []
         for (repo, revision), commit in list(self._source.frozen().items()):
             if repo.kind is self._kind and repo.organisation == self._organisation:
                 name = repo.short_name if revision is None else f"{repo.short_name}@{_name_of(revision)}"
-                shown.append((name, SnapshotFolder(self._source, await self._source.snapshot(repo, commit))))
+                shown.append((name, await self._shown(name, repo, commit)))
         return sorted(shown, key=lambda item: item[0])
+
+    async def _shown(self, name: str, repo: RepoId, commit: Commit) -> SnapshotFolder:
+        snapshot = await self._source.snapshot(repo, commit)
+        return SnapshotFolder(self._source, snapshot, place=f"{self.key}/{name}")
 
 
 # The hub-cache view ----------------------------------------------------------------------------------------------------

@@ -211,11 +211,11 @@ class Pyfuse3Session:
         await pyfuse3.main(min_tasks=4, max_tasks=REQUESTS_MAX)
 
     @staticmethod
-    def forget_name(name: str, inode: int) -> None:
-        """Has the kernel drop a name in the top directory that is gone. Returns at once: a thread of pyfuse3's does it."""
-        pyfuse3.invalidate_entry_async(
-            pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(name)), pyfuse3.InodeT(inode), ignore_enoent=True
-        )
+    async def forget_name(name: str, inode: int) -> None:
+        """Has the kernel drop a name in the top directory that is gone. In a thread: it may wait for a request that this thread serves."""
+        entry = pyfuse3.FileNameT(os.fsencode(name)), pyfuse3.InodeT(inode)
+        with contextlib.suppress(OSError):  # ENOENT: not known; ENOTEMPTY: in use, after a lazy unmount
+            await trio.to_thread.run_sync(pyfuse3.invalidate_entry, pyfuse3.ROOT_INODE, *entry, abandon_on_cancel=True)
 
     @staticmethod
     async def forget_pages(inode: int) -> None:

@@ -97,3 +97,7 @@ class Circuits:
         if len(self._circuits) > CIRCUITS_MAX:
             self._circuits.popitem(last=False)
         return circuit
+
+    def reasons(self) -> list[str]:
+        """A sentence for each origin that is out of reach."""
+        return [f"{origin} is out of reach: {c.reason}" for origin, c in self._circuits.items() if c.open]

@@ -204,7 +204,7 @@ class Mounts:
             commit = await scope.freeze(target.repo, target.revision)
             snapshot = await scope.snapshot(target.repo, commit)
             if request.view == "tree":
-                root = SnapshotFolder(scope, snapshot, target.subfolder)
+                root = SnapshotFolder(scope, snapshot, target.subfolder, place=mount_id)
             elif target.subfolder:
                 raise Invalid(
                     f"The hub-cache view shows a repo as a whole: leave {target.subfolder!r} away, or use --view tree."

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import http
 import itertools
+import os
 import re
 import socket
 import ssl
@@ -330,7 +331,8 @@ def _connection_failure(url: URL, e: aiohttp.ClientError) -> OrderFailed:
         case aiohttp.ClientConnectorDNSError():
             what = "cannot be found (name lookup failed)"
         case aiohttp.ClientConnectorError():
-            what = f"cannot be reached ({e.os_error.strerror or 'no connection'})"
+            # Not its strerror: asyncio puts the address there.
+            what = f"cannot be reached ({os.strerror(e.os_error.errno) if e.os_error.errno else 'no connection'})"
         case aiohttp.ServerTimeoutError():
             what = "did not answer in time"
         case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():

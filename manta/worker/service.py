@@ -201,6 +201,8 @@ def run(role: str, fd: int) -> int:
     """Serves orders until the daemon's end of the socket is closed. The exit code is 0."""
     # Ctrl-C goes to the whole process group in the foreground; the daemon decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The daemon takes its signals in a thread and blocks them elsewhere, which its children inherit.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     with contextlib.suppress(OSError):
         # A worker that hangs in a system call when the daemon dies would not see the socket's end.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

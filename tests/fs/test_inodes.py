@@ -54,7 +54,7 @@ def test_unknown_numbers_and_the_root_are_not_forgotten() -> None:
     known = table()
     known.forget(12345, 7)
     known.forget(ROOT, 100)
-    assert known[ROOT].key == f"tree:{MODEL}@{FIRST}:"
+    assert known[ROOT].key == f"tree::{MODEL}@{FIRST}:"
 
 
 def test_colliding_keys_get_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,4 +72,4 @@ def test_a_kernel_that_is_gone_remembers_nothing() -> None:
     known.look_up(text("a"))
     known.clear()
     assert len(known) == 1
-    assert known[ROOT].key == f"tree:{MODEL}@{FIRST}:"
+    assert known[ROOT].key == f"tree::{MODEL}@{FIRST}:"

@@ -234,7 +234,9 @@ async def test_an_origin_out_of_reach_costs_the_next_who_ask_little(
             mock_clock.jump(seconds)
         return outcomes[-1]
 
-    why = "https://hub.example did not answer within 20 s when asked for org/name@main: check the network, or try again."
+    why = (
+        "https://hub.example did not answer within 20 s when asked for org/name@main: check the network, or try again."
+    )
     assert await after(20.0 + BACKSTOP_S, REPO) == Resolution(B, stale=True, reason=why)
     for name in "abcdefgh":
         refused = await after(PATIENCE_S, RepoId(RepoKind.MODEL, f"org/{name}"))
