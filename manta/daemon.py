@@ -350,9 +350,15 @@ class Daemon:
         mounted = await self._mounts.create(request, self._access_of(request.token))
         if self._direct:
             try:
-                await self._start_session(Path(request.directory))
+                with trio.CancelScope(shield=True):
+                    await self._start_session(Path(request.directory))
+                await trio.lowlevel.checkpoint()
             except MantaError:
                 self._mounts.remove(mounted.id)
+                raise
+            except trio.Cancelled:  # nobody waits for it any more
+                with trio.CancelScope(shield=True):
+                    await self._end_session()
                 raise
             mounted.confirmed = True
         return self._mounts.describe(mounted, self._failures)

@@ -9,6 +9,8 @@ import logging
 import os
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +48,9 @@ from manta.errors import (
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 64
+REFUSALS_MAX = 64
+"""Clients beyond CONNECTIONS_MAX that are told so at the same time; those beyond that find their connection closed."""
+
 ASK_SECONDS_MAX = 10.0
 """A client is a local program that has its request ready."""
 
@@ -90,6 +95,8 @@ class ControlServer:
     def __init__(self, service: Service, path: Path) -> None:
         self._path = path
         self.connected = 0
+        # What may wait for the hub ends with its client: Ctrl-C means it. The others are quick, or half of them would be worse than all.
+        self._abandoned = {service.mount, service.prefetch}
         # method, path (a group is an argument), what the body is, what to call
         routes: list[tuple[str, str, type[msgspec.Struct] | None, _Call]] = [
             ("GET", "/v1/status", None, service.status),
@@ -130,7 +137,7 @@ class ControlServer:
         self.connected += 1
         try:
             async with stream:
-                if self.connected > CONNECTIONS_MAX:
+                if self.connected > CONNECTIONS_MAX + REFUSALS_MAX:
                     return
                 connection = h11.Connection(h11.SERVER)
                 try:
@@ -166,7 +173,14 @@ class ControlServer:
         if len(body) > BODY_BYTES_MAX:
             return 413, _encode(Error("invalid", f"The request is larger than {BODY_BYTES_MAX} bytes."))
         try:
-            return 200, _encode(await self._call(request.method.decode(), request.target.decode(), body))
+            if self.connected > CONNECTIONS_MAX:
+                raise Unavailable(
+                    f"The daemon answers {CONNECTIONS_MAX} commands at a time, and as many wait for an answer: try again soon."
+                )
+            call = self._find(request.method.decode(), request.target.decode(), body)
+            if call.func not in self._abandoned:
+                return 200, _encode(await call())
+            return 200, _encode(await _while_there(stream, call))
         except MantaError as e:
             number = next((_STATUS[kind] for kind in type(e).__mro__ if kind in _STATUS), 500)
             return number, _encode(Error(e.code, e.message))
@@ -174,7 +188,8 @@ class ControlServer:
             log.exception("a control request failed in an unforeseen way")
             return 500, _encode(Error("error", f"The daemon failed ({type(e).__name__}); its log has the details."))
 
-    async def _call(self, method: str, target: str, body: bytes) -> msgspec.Struct:
+    def _find(self, method: str, target: str, body: bytes) -> partial[Awaitable[msgspec.Struct]]:
+        """What is asked for, ready to be called. Raises Absent, Invalid."""
         for known_method, pattern, kind, call in self._routes:
             match = pattern.fullmatch(target)
             if method == known_method and match is not None:
@@ -184,8 +199,34 @@ class ControlServer:
                         arguments.append(msgspec.json.decode(body or b"{}", type=kind))
                     except msgspec.MsgspecError as e:
                         raise Invalid(f"The request is not what {method} {target} takes: {e}.") from e
-                return await call(*arguments)
+                return partial(call, *arguments)
         raise Absent(f"The control API has no {method} {target}; the client may be of another version than the daemon.")
+
+
+async def _while_there(stream: trio.SocketStream, call: Callable[[], Awaitable[msgspec.Struct]]) -> msgspec.Struct:
+    """What `call` says, which is cancelled when the client closes its connection. Raises BrokenResourceError then."""
+    answers: list[msgspec.Struct] = []
+    errors: list[Exception] = []
+    async with trio.open_nursery() as both:
+
+        async def until_gone() -> None:
+            # It has asked and has nothing more to say: whatever comes is its end.
+            with suppress(trio.BrokenResourceError):
+                await stream.receive_some(1)
+            both.cancel_scope.cancel()
+
+        both.start_soon(until_gone)
+        try:
+            answers.append(await call())
+        except Exception as e:  # out of the nursery, which would wrap it
+            errors.append(e)
+        both.cancel_scope.cancel()
+    for error in errors:
+        raise error
+    for answer in answers:
+        return answer
+    log.info("a client left before its answer: what it asked for was not done")
+    raise trio.BrokenResourceError
 
 
 def _encode(answer: msgspec.Struct) -> bytes:

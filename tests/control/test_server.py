@@ -75,11 +75,17 @@ class ScriptedService:
         """Calls wait for it."""
         self.answer.set()
         self.entered = trio.Event()
+        self.abandoned = 0
+        """Calls that were cancelled."""
 
     async def _say(self, value: T, *call: object) -> T:
         self.calls.append(call)
         self.entered.set()
-        await self.answer.wait()
+        try:
+            await self.answer.wait()
+        except trio.Cancelled:
+            self.abandoned += 1
+            raise
         if self.error is not None:
             raise self.error
         return value
@@ -398,15 +404,53 @@ async def test_a_client_that_goes_away_gets_what_it_asked_for_done(tmp_path: Pat
 @pytest.mark.trio
 async def test_clients_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "CONNECTIONS_MAX", 3)
+    monkeypatch.setattr(server, "REFUSALS_MAX", 2)
     async with running(tmp_path) as r:
         held = [await r.connect() for _ in range(3)]
         await trio.testing.wait_all_tasks_blocked()
         assert r.control.connected == 3
+        with pytest.raises(Unavailable, match="3 commands at a time.*try again soon"):
+            await r.ask(r.client.status)
+        assert r.service.calls == []
+        held += [await r.connect() for _ in range(2)]
+        await trio.testing.wait_all_tasks_blocked()
         assert await r.say(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n") == b""
         for stream in held:
             await stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
         assert await r.ask(r.client.status) == STATUS
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("target", ["/v1/mounts", "/v1/prefetch"])
+async def test_what_waits_for_the_hub_ends_with_its_client(tmp_path: Path, target: str) -> None:
+    async with running(tmp_path) as r:
+        r.service.answer = trio.Event()
+        stream = await r.connect()
+        await stream.send_all(post(target, b'{"target": "a/b"}'))
+        await r.service.entered.wait()
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert r.control.connected == 0
+        assert r.service.abandoned == 1
+        r.service.answer.set()
+        assert await r.ask(r.client.status) == STATUS
+
+
+@pytest.mark.trio
+async def test_what_changes_the_cache_is_done_to_its_end(tmp_path: Path) -> None:
+    async with running(tmp_path) as r:
+        r.service.answer = trio.Event()
+        stream = await r.connect()
+        await stream.send_all(post("/v1/cache/rm", b'{"names": ["a/b"]}'))
+        await r.service.entered.wait()
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert r.control.connected == 1
+        r.service.answer.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert r.control.connected == 0
+        assert r.service.abandoned == 0
 
 
 @pytest.mark.trio
