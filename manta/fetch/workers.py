@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -48,6 +49,9 @@ START_SECONDS_MAX = 30.0
 
 SILENCE_SLACK_SECONDS = 10.0
 """How much longer than its own deadline a worker may be silent about an order before it counts as stuck and is killed."""
+
+START_FAILURES_MAX = 3
+"""Workers of one role that ended in a row before they were ready. One may be an accident; after three, who waits for one is told."""
 
 RESTART_PAUSE_SECONDS = 0.1
 RESTART_PAUSE_SECONDS_MAX = 10.0
@@ -177,7 +181,9 @@ class _Worker:
         self.process = process
         self.channel = channel
         self.pending: dict[int, _Pending] = {}
+        self.started = False
         self.ready = False
+        """It has started, and takes orders."""
 
 
 def _spawn(role: Role) -> _Worker:
@@ -206,7 +212,10 @@ class WorkerPool:
         self._fetchers = fetchers
         self._workers: list[_Worker] = []
         self._numbers = itertools.count(1)
-        self._changed = trio.Event()  # replaced whenever a worker gets ready
+        self._changed = trio.Event()  # replaced whenever a worker gets ready, or starting one fails
+        self._failed_starts: Counter[Role] = Counter()  # in a row
+        self._trouble: dict[Role, str] = {}
+        """What became of the last of them."""
 
     @property
     def pids(self) -> list[int]:
@@ -230,6 +239,7 @@ class WorkerPool:
                 worker = _spawn(role)
             except OSError as e:
                 log.error("no %s worker can be started (%s); trying again", role, e.strerror)
+                self._start_failed(role, f"cannot be started ({e.strerror})")
             else:
                 self._workers.append(worker)
                 try:
@@ -242,8 +252,19 @@ class WorkerPool:
                 log.warning(
                     "a %s worker (pid %d) ended with %s; starting another", role, worker.process.pid, _ending(worker)
                 )
+                if not worker.started:
+                    self._start_failed(role, f"ended with {_ending(worker)} before it was ready")
             await trio.sleep(pause)
             pause = min(pause * 2, RESTART_PAUSE_SECONDS_MAX)
+
+    def _start_failed(self, role: Role, how: str) -> None:
+        self._failed_starts[role] += 1
+        self._trouble[role] = how
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _listen(self, worker: _Worker) -> None:
         """Hands out answers until the worker's end of the socket is closed, or it turns out not to be a worker."""
@@ -259,9 +280,9 @@ class WorkerPool:
                 match message:
                     case Ready():
                         starting.deadline = math.inf
-                        worker.ready = True
-                        self._changed.set()
-                        self._changed = trio.Event()
+                        worker.ready = worker.started = True
+                        self._failed_starts[worker.role] = 0
+                        self._change()
                     case Progress():
                         if (pending := worker.pending.get(message.order)) is not None:
                             pending.scope.deadline = trio.current_time() + pending.silence_s
@@ -354,12 +375,17 @@ class WorkerPool:
         return pending.answer
 
     async def _pick(self, role: Role) -> _Worker:
-        """The ready worker with the fewest orders; waits for one. Raises Unavailable after START_SECONDS_MAX."""
+        """The ready worker with the fewest orders; waits for one. Raises Unavailable after START_SECONDS_MAX, or when none stays up."""
         with trio.move_on_after(START_SECONDS_MAX):
             while True:
                 ready = [w for w in self._workers if w.role == role and w.ready]
                 if ready:
                     return min(ready, key=lambda w: len(w.pending))
+                if self._failed_starts[role] >= START_FAILURES_MAX:
+                    raise Unavailable(
+                        f"No {role} worker process stays up: the last one {self._trouble[role]}. It is tried again by itself; the"
+                        " daemon's log has what it said."
+                    )
                 await self._changed.wait()
         raise Unavailable(
             f"No {role} worker process could be started in {START_SECONDS_MAX:.0f} s; see the daemon's log."

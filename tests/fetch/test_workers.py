@@ -254,6 +254,26 @@ async def test_without_a_worker_readers_are_told(monkeypatch: pytest.MonkeyPatch
         await WorkerPool(1).locate("http://nobody.invalid/", {}, 1.0)
 
 
+async def test_workers_that_all_end_at_their_start_are_told_to_who_waits(
+    hub: HubProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 7\n")
+    broken.chmod(0o700)
+    real = sys.executable
+    monkeypatch.setattr(sys, "executable", str(broken))
+    async with running(2) as pool:
+        with pytest.raises(Unavailable, match=r"No fetch worker process stays up.*exit code 7 before it was ready"):
+            await locate(pool, hub)
+        monkeypatch.setattr(sys, "executable", real)
+        while True:  # it comes back by itself
+            try:
+                assert await locate(pool, hub)
+                break
+            except Unavailable:
+                await trio.sleep(0.05)
+
+
 async def test_it_ends_while_orders_are_under_way(hub: HubProcess, cache_fd: int) -> None:
     async with running(fetchers=2) as pool:
         url = await locate(pool, hub)
