@@ -206,7 +206,8 @@ class Daemon:
 
     async def _start_session(self, directory: Path) -> None:
         """Raises Denied, Unavailable."""
-        session = Pyfuse3Session(self._filesystem, f"manta:{self._config.instance_dir.name}")
+        source = f"manta:{self._config.instance_dir.name}"
+        session = Pyfuse3Session(self._filesystem, source, self._failures.add_general)
         session.mount(directory)
         self._session = session
         self._session_ended = trio.Event()
@@ -299,6 +300,9 @@ class Daemon:
 
     def close(self, transfer: Transfer) -> None:
         self._fetcher.close(transfer)
+
+    def failed(self, transfer: Transfer, error: MantaError) -> None:
+        self._failures.add(transfer.sources.best, error)
 
     def cached_bytes(self, provenance: Provenance) -> tuple[int, bool]:
         info = self._store.find(provenance.entry.blob) if provenance.entry.blob is not None else None

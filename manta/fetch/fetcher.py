@@ -24,6 +24,7 @@ from manta.fetch.flight import Flight
 from manta.fetch.locator import Locator
 from manta.fetch.meter import Meter
 from manta.fetch.pacing import Pacer
+from manta.fetch.quarantine import Quarantine
 from manta.fetch.retry import judge
 from manta.fetch.scheduler import Scheduler, Want
 from manta.fetch.sources import Provenance
@@ -83,6 +84,7 @@ class Fetcher:
         self._stirred = trio.Event()
         self._nursery: trio.Nursery
         self.origin_meter = Meter()
+        self.quarantine = Quarantine()
 
     # For readers -----------------------------------------------------------------------------------------------------
 
@@ -98,9 +100,11 @@ class Fetcher:
         transfer = self._transfers.get(key)
         if transfer is None:
             blob = self._store.open_blob(entry.blob, entry.size)
-            transfer = Transfer(blob, self._scheduler, self._on_asked, self._tell, self._config.read_timeout_s)
+            transfer = Transfer(blob, self._scheduler, self._on_asked, self._config.read_timeout_s)
             transfer.outage = partial(self._outage, transfer)
             self._transfers[key] = transfer
+            transfer.quarantined = self.quarantine.holds(blob.id)
+            transfer.broken = self.quarantine.verdict(blob.id, trio.current_time())
             if blob.doubtful:
                 transfer.users += 1
                 transfer.settling = True
@@ -190,7 +194,7 @@ class Fetcher:
         elif (until := self._throttles.until(location.origin, now)) is not None:
             self._scheduler.again(want)
             self._scheduler.hold(want.blob, until)
-            self._paused(transfer, until)
+            transfer.pause(until)
         elif not (circuit := self._circuits.of(location.origin)).admits(now):
             self._scheduler.again(want)
             self._scheduler.hold(want.blob, now + circuit.wait_s(now))
@@ -220,11 +224,6 @@ class Fetcher:
         circuit.answered(now)
         self.origin_meter.add(count, now)
         self._pacer.came(count)
-
-    @staticmethod
-    def _paused(transfer: Transfer, until: float) -> None:
-        transfer.paused_until = until
-        transfer.trouble = f"the origin asked for a pause of {max(until - trio.current_time(), 0):.0f} s"
 
     def _on_asked(self, transfer: Transfer) -> None:
         if self._locator is None and not transfer.settling:
@@ -273,9 +272,7 @@ class Fetcher:
         assert self._locator is not None
         try:
             transfer.sources.location = await self._locator.ask(
-                transfer.sources,
-                lambda: self._scheduler.wants(transfer.blob.id),
-                lambda until: self._paused(transfer, until),
+                transfer, lambda: self._scheduler.wants(transfer.blob.id)
             )
         except MantaError as e:
             if isinstance(e, Denied | Absent):
@@ -332,6 +329,7 @@ class Fetcher:
             counts[failure.reason] = 0  # it got further: a link that breaks often is not one that leads nowhere
         counts[failure.reason] += 1
         attempts = counts[failure.reason]
+        transfer.trouble = failure.message
         verdict = judge(failure, attempts)
         log.info(
             "chunk %d of %s (%s): %s; attempt %d, %s",
@@ -373,9 +371,6 @@ class Fetcher:
             transfer.attempts.pop(chunk, None)
             self._scheduler.unwant_whole(transfer.blob.id)
         transfer.fail(error, chunk)
-        self._tell(transfer, error)
-
-    def _tell(self, transfer: Transfer, error: MantaError) -> None:
         self._failed(transfer.sources.best, error)
 
 

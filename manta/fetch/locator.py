@@ -14,8 +14,9 @@ import trio
 
 from manta.errors import Corrupt, MantaError, Throttled, Unavailable
 from manta.fetch.retry import ATTEMPTS_MAX, PAUSE_SECONDS, PAUSE_SECONDS_MAX, REFUSALS_MAX
-from manta.fetch.sources import Provenance, Sources
+from manta.fetch.sources import Provenance
 from manta.fetch.throttle import Throttles
+from manta.fetch.transfer import Transfer
 from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuits
 from manta.hub.origin import Location, Origin, origin_of
@@ -47,19 +48,18 @@ class Locator:
         self._circuits = circuits
         self._asking = trio.CapacityLimiter(LOCATING_MAX)
 
-    async def ask(self, sources: Sources, wanted: Callable[[], bool], paused: Callable[[float], None]) -> Location:
-        """The location of the blob that `sources` lead to; the best of them is asked about first.
+    async def ask(self, transfer: Transfer, wanted: Callable[[], bool]) -> Location:
+        """The location of the transfer's blob; the best of its sources is asked about first.
 
         Raises what the hub says of the first where every provenance is refused (Denied, Absent, Corrupt), Unavailable when it does not
-        answer or no worker can be had, Throttled when it asks for a pause and nothing is `wanted` any more. `paused` hears until when each
-        pause is.
+        answer or no worker can be had, Throttled when it asks for a pause and nothing is `wanted` any more.
         """
-        attempts = 0
+        sources, attempts = transfer.sources, 0
         refusals: dict[Provenance, MantaError] = {}
         while True:
             provenance = sources.best
             url, headers = self._request(provenance)
-            await self._until_it_may_be_asked(wanted, paused)
+            await self._until_it_may_be_asked(transfer, wanted)
             deadline_s = self._deadline_s if attempts else min(self._deadline_s, FIRST_ANSWER_SECONDS_MAX)
             began = trio.current_time()
             async with self._asking:
@@ -72,6 +72,7 @@ class Locator:
             except (Unavailable, Corrupt) as e:
                 # What contradicts the tree may be as much of an accident as no answer.
                 attempts += 1
+                transfer.trouble = e.message
                 if attempts < (ATTEMPTS_MAX if isinstance(e, Unavailable) else REFUSALS_MAX):
                     await trio.sleep(min(PAUSE_SECONDS * 2 ** (attempts - 1), PAUSE_SECONDS_MAX))
                     continue
@@ -90,10 +91,10 @@ class Locator:
         )
         return request.url, dict(request.headers)
 
-    async def _until_it_may_be_asked(self, wanted: Callable[[], bool], paused: Callable[[float], None]) -> None:
+    async def _until_it_may_be_asked(self, transfer: Transfer, wanted: Callable[[], bool]) -> None:
         """Returns when the hub is neither in a pause nor out of reach, or this is to be a probe."""
         while (until := self._throttles.until(self.origin, trio.current_time())) is not None:
-            paused(until)
+            transfer.pause(until)
             await trio.sleep_until(until)
             if not wanted():
                 raise Throttled(f"{self.origin} asked for a pause, and nobody waits for this file any more.", 0.0)

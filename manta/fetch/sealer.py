@@ -13,6 +13,7 @@ import trio
 
 from manta.errors import CacheBroken, Corrupt, MantaError, Unavailable
 from manta.fetch.fetcher import Fetcher, OnFailure
+from manta.fetch.quarantine import CONDEMNED_SECONDS
 from manta.fetch.scheduler import Priority
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import Workers
@@ -28,10 +29,6 @@ STEP_BYTES_MAX = 1024**3
 
 FAILURES_MAX = 3
 """Times that a blob's digest may be lost to a dying worker before it is left for later."""
-
-REFETCHES_MAX = 1
-"""A blob whose digest is wrong is fetched anew once. Wrong twice is not an accident of the network."""
-
 
 OnDiscard = Callable[[Transfer], None]
 
@@ -108,6 +105,7 @@ class Sealer:
                 await self._conclude(transfer, answer)
 
     async def _conclude(self, transfer: Transfer, answer: Digested) -> None:
+        assert self._fetcher is not None
         blob = transfer.blob
         transfer.digested = 0
         if blob.generation != transfer.generation:
@@ -117,27 +115,34 @@ class Sealer:
                 await trio.to_thread.run_sync(blob.seal, transfer.generation)
             except Corrupt:
                 return  # a chunk was thrown away in the meantime
+            self._fetcher.quarantine.release(blob.id)
+            transfer.quarantined = False
+            if transfer.misled:
+                self._discarded(transfer)
+                transfer.misled = False
             transfer.sealed.set()
             transfer.stir()
             log.info("sealed %s (%s)", blob.id, transfer.name)
             return
-        again = transfer.refetches < REFETCHES_MAX
+        again = self._fetcher.quarantine.take(blob.id)
+        transfer.quarantined = True
         error = Corrupt(
             f"{transfer.name}: its bytes have the digest {answer.hex}, the hub says {blob.id.hex}; they were thrown away and "
             + (
                 "are fetched anew."
                 if again
-                else "are not tried again. Report it to the owner of the repo; unmount and mount to retry."
+                else f"are not asked for again before {CONDEMNED_SECONDS / 60:.0f} minutes have passed. Report it to the owner of the repo."
             )
         )
         log.error("%s", error.message)
-        blob.discard(error.message)
-        self._discarded(transfer)
-        transfer.sources.location = None
-        if again:
-            transfer.refetches += 1
-            transfer.want_whole(Priority.FILL)
-        else:
+        if not again:
+            self._fetcher.quarantine.condemn(blob.id, error, trio.current_time())
             transfer.broken = error
+        try:
+            blob.discard(error.message)
+        finally:
+            self._discarded(transfer)
+        transfer.sources.location = None
+        transfer.want_whole(Priority.FILL)  # nothing where it is broken
         transfer.stir()
         self._failed(transfer.sources.best, error)

@@ -1,7 +1,6 @@
 """One blob that is being read or fetched: what of it is there, who waits for which bytes. Here and only here.
 
-Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fetch.fetcher` does, and hears through `asked`, and
-through `failed` of each reader whose deadline passed.
+Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fetch.fetcher` does, and hears through `asked`.
 """
 
 from __future__ import annotations
@@ -41,19 +40,14 @@ class _Waiter:
 class Transfer:
     """Made by `Fetcher.open`, shared by everybody who uses the blob; each calls `close` once."""
 
-    def __init__(
-        self,
-        blob: Blob,
-        scheduler: Scheduler,
-        asked: Callable[[Transfer], None],
-        failed: Callable[[Transfer, MantaError], None],
-        patience_s: float,
-    ) -> None:
+    def __init__(self, blob: Blob, scheduler: Scheduler, asked: Callable[[Transfer], None], patience_s: float) -> None:
         self.blob = blob
         self.sources = Sources()
         self.users = 0
-        self.refetches = 0
-        """How often the complete blob was found corrupt and fetched anew."""
+        self.quarantined = False
+        """It had the wrong digest: nothing of it is served before all of it has come anew and matched."""
+        self.misled = False
+        """Bytes of it may have been served that were thrown away since: the kernel's page cache has them."""
         self.broken: MantaError | None = None
         """Set when fetching it anew is pointless; missing bytes are then answered with this."""
         self.sealed = trio.Event()
@@ -71,7 +65,7 @@ class Transfer:
         self.watchers: dict[int, Callable[[], None]] = {}
         """By chunk under way: whom to tell that a reader waits for it."""
         self.trouble = ""
-        """What happened last to its fetches, as a clause, until something comes: the reason of a reader whose deadline passes."""
+        """What went wrong last, as a clause or a sentence, until something comes: the reason of a reader whose patience ends."""
         self.outage: Callable[[], str] = str
         """Why the origin of its bytes cannot be reached, as far as is known already: who begins to wait then does not wait for long."""
         self.paused_until = 0.0
@@ -81,7 +75,6 @@ class Transfer:
         self._waiters: set[_Waiter] = set()
         self._scheduler = scheduler
         self._asked = asked
-        self._failed = failed
         self._patience_s = patience_s
         if blob.sealed:
             self.sealed.set()
@@ -89,7 +82,9 @@ class Transfer:
     # For readers -----------------------------------------------------------------------------------------------------
 
     def readable(self, extent: Extent) -> bool:
-        """Whether all bytes of `extent` (within the blob) are in the cache file."""
+        """Whether all bytes of `extent` (within the blob) are in the cache file and may be served."""
+        if self.quarantined:
+            return False
         grid = self.blob.grid
         for chunk in self.blob.missing(extent):
             arrived, of_chunk = self._arrived.get(chunk), grid.extent(chunk)
@@ -114,22 +109,20 @@ class Transfer:
                     await self._wait(waiter, extent, onward)
                     return
                 if reason := self.outage():
-                    raise self._told(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
+                    raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
             with trio.move_on_after(self._patience_s):
                 await self._wait(waiter, extent, onward)
                 return
-            raise self._told(
-                f"{self.name}: what was read did not come within {self._patience_s:g} s:"
-                f" {self.trouble or 'the origin or the network is too slow or stuck'}. Try again, or look at `manta status`."
+            if self.quarantined:
+                why = "it had the wrong digest, so nothing is given out before all has come anew and been verified"
+            else:
+                why = self.trouble or "the origin or the network is too slow or stuck"
+            raise Unavailable(
+                f"{self.name}: what was read did not come within {self._patience_s:g} s: {why.rstrip('.')}."
+                " Try again, or look at `manta status`."
             )
         finally:
             self._waiters.discard(waiter)
-
-    def _told(self, sentence: str) -> Unavailable:
-        """An error that is the reader's own: nobody else has heard of it."""
-        error = Unavailable(sentence)
-        self._failed(self, error)
-        return error
 
     async def _wait(self, waiter: _Waiter, extent: Extent, onward: bool) -> None:
         while True:
@@ -144,6 +137,8 @@ class Transfer:
                 self._scheduler.demand(self.blob.id, chunk, first, upto)
                 if (watch := self.watchers.get(chunk)) is not None:
                     watch()
+            if self.quarantined:
+                self._scheduler.want_whole(self.blob.id, Priority.PREFETCH)
             self._asked(self)
             await waiter.woken.wait()
             if self.readable(extent):
@@ -244,11 +239,12 @@ class Transfer:
         """The chunk is complete and in the chunk map."""
         self._arrived.pop(chunk, None)
         self.attempts.pop(chunk, None)
+        self.trouble = ""
         self.wake()
 
     def distrust(self, chunk: int) -> None:
         """What arrived of the chunk may be wrong: fetch all of it again."""
-        self._arrived.pop(chunk, None)
+        self.misled = bool(self._arrived.pop(chunk, None)) or self.misled
 
     def wake(self) -> None:
         """Wakes the waiters whose bytes are there."""
@@ -265,14 +261,19 @@ class Transfer:
                 waiter.error = error
                 waiter.woken.set()
 
+    def pause(self, until: float) -> None:
+        """The origin asked for a pause until then (trio's clock)."""
+        self.paused_until = until
+        self.trouble = f"the origin asked for a pause of {max(until - trio.current_time(), 0):.0f} s"
+
     def refuse(self, error: MantaError, until: float) -> None:
         """The hub refuses the blob: readers get `error` at once until then (trio's clock), without the hub being asked again."""
         self._refusal = error, until
 
     def unverified(self, error: MantaError) -> None:
-        """Gives `error` to those who wait for the seal; readers have their bytes."""
+        """Gives `error` to those who wait for the seal; the others have their bytes."""
         for waiter in self._waiters:
-            if waiter.extent is None:
+            if waiter.extent is None or self.quarantined:
                 waiter.error = error
                 waiter.woken.set()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from manta.errors import Absent, Invalid
+from manta.errors import Absent, Invalid, MantaError
 from manta.fetch.sources import Provenance
 from manta.fetch.transfer import Transfer
 from manta.fs.handles import BlobHandle, Handle, TextHandle
@@ -34,6 +34,10 @@ class BlobSource(Protocol):
     def open(self, provenance: Provenance) -> Transfer: ...
 
     def close(self, transfer: Transfer) -> None: ...
+
+    def failed(self, transfer: Transfer, error: MantaError) -> None:
+        """A reader of `transfer` is about to get `error`."""
+        ...
 
     def cached_bytes(self, provenance: Provenance) -> tuple[int, bool]:
         """Bytes of the blob in the cache, and whether it is sealed."""
@@ -151,7 +155,7 @@ class Filesystem:
                 handle, keep_cache = TextHandle(b""), True
             case BlobNode():
                 transfer = self._blobs.open(node.provenance)
-                handle = BlobHandle(transfer, self._blobs.close, self._count_read, fill=self._fill)
+                handle = BlobHandle(transfer, self._blobs.close, self._blobs.failed, self._count_read, fill=self._fill)
                 keep_cache = True
             case _:
                 raise Invalid("This is not a file.")

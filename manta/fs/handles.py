@@ -45,19 +45,34 @@ class TextHandle:
 
 
 class BlobHandle:
-    """An open blob. `done` gets the transfer back at the end; `count` hears of the bytes read."""
+    """An open blob. `done` gets the transfer back at the end; `failed` hears why a read got nothing, `count` of the bytes read."""
 
     def __init__(
-        self, transfer: Transfer, done: Callable[[Transfer], None], count: Callable[[int], None], *, fill: bool
+        self,
+        transfer: Transfer,
+        done: Callable[[Transfer], None],
+        failed: Callable[[Transfer, MantaError], None],
+        count: Callable[[int], None],
+        *,
+        fill: bool,
     ) -> None:
         self._transfer = transfer
         self._done = done
+        self._failed = failed
         self._count = count
         self._fill = self._fill_wanted = fill
         self._readahead = Readahead(transfer.blob.grid)
 
     async def read(self, offset: int, size: int) -> bytes | memoryview:
         """Raises what became of the fetch, Unavailable after the reader's deadline, CacheBroken when the cache disk fails."""
+        try:
+            return await self._read(offset, size)
+        except MantaError as e:
+            self._fill = self._fill_wanted  # giving up on a fetch ends the fill too: the next read starts it again
+            self._failed(self._transfer, e)
+            raise
+
+    async def _read(self, offset: int, size: int) -> bytes | memoryview:
         transfer = self._transfer
         blob = transfer.blob
         extent = Extent(offset, offset + size).clamp(blob.size)
@@ -71,11 +86,7 @@ class BlobHandle:
             ahead = range(0)
         while True:
             # None after it either: what it found there is read at once, or in a thread, and then again if it was thrown away meanwhile.
-            try:
-                await transfer.ensure(extent, onward=bool(ahead))
-            except MantaError:
-                self._fill = self._fill_wanted  # giving up on a fetch ends the fill too: the next read starts it again
-                raise
+            await transfer.ensure(extent, onward=bool(ahead))
             generation = blob.generation
             data = await self._from_cache(extent)
             if blob.generation == generation:

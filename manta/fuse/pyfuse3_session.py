@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyfuse3
@@ -48,16 +48,18 @@ class _Operations(pyfuse3.Operations):
     enable_acl = False
     enable_writeback_cache = False
 
-    def __init__(self, filesystem: Filesystem) -> None:
+    def __init__(self, filesystem: Filesystem, refused: Callable[[MantaError], None]) -> None:
         super().__init__()
         self._fs = filesystem
+        self._refused = refused
         self._uid, self._gid = os.getuid(), os.getgid()
 
     def _refuse(self, e: Exception) -> pyfuse3.FUSEError:
         if not isinstance(e, MantaError):
             log.exception("a request failed in an unforeseen way", exc_info=e)
-        elif not isinstance(e, Absent):
+        else:
             log.info("a request was refused: %s", e.message)
+            self._refused(e)
         return pyfuse3.FUSEError(errno_of(e))
 
     def _entry(self, a: Attributes) -> pyfuse3.EntryAttributes:
@@ -175,12 +177,12 @@ class _Operations(pyfuse3.Operations):
 
 
 class Pyfuse3Session:
-    """One mount. `mount`, then `serve` until the filesystem is unmounted, then `close`."""
+    """One mount. `mount`, then `serve` until the filesystem is unmounted, then `close`. `refused` hears why a request got an error."""
 
     name = "pyfuse3"
 
-    def __init__(self, filesystem: Filesystem, source: str) -> None:
-        self._operations = _Operations(filesystem)
+    def __init__(self, filesystem: Filesystem, source: str, refused: Callable[[MantaError], None]) -> None:
+        self._operations = _Operations(filesystem, refused)
         self._source = source
 
     def mount(self, directory: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Container
 
 from manta.errors import MantaError
 from manta.fetch.sources import Provenance
 from manta.model.ids import Commit, RepoId
+
+log = logging.getLogger(__name__)
 
 RECENT_MAX = 16
 RECENT_PER_MOUNT = 8
@@ -24,13 +27,16 @@ class Failures:
         self._add((provenance.repo, provenance.commit, error.message))
 
     def add_general(self, error: MantaError) -> None:
-        """One that belongs to no repo."""
-        self._add((None, None, error.message))
+        """One that belongs to no repo, unless a repo has it already."""
+        if not any(sentence == error.message for _, _, sentence in self._recent):
+            self._add((None, None, error.message))
 
     def _add(self, failure: tuple[RepoId | None, Commit | None, str]) -> None:
         self.count += 1
         if failure in self._recent:
             self._recent.remove(failure)
+        else:
+            log.warning("%s", failure[-1])  # whatever status tells is in the log
         self._recent.append(failure)
 
     def all(self) -> list[str]:

@@ -234,6 +234,11 @@ class OriginClient:
             upto = int(found[2]) + 1
             if int(found[1]) != start or not start < upto <= end:
                 raise OrderFailed("corrupt", f"{host} answered bytes {found[1]}-{found[2]} to {start}-{end - 1}")
+            if response.content_length not in {None, upto - start}:
+                # Before a reader is served a byte of a body that is known to be another.
+                raise OrderFailed(
+                    "corrupt", f"{host} sent {response.content_length} bytes as bytes {found[1]}-{found[2]}"
+                )
             return upto
         if response.status == 200:
             if start != 0:

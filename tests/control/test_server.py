@@ -409,7 +409,7 @@ async def test_clients_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         held = [await r.connect() for _ in range(3)]
         await trio.testing.wait_all_tasks_blocked()
         assert r.control.connected == 3
-        with pytest.raises(Unavailable, match="3 commands at a time.*try again soon"):
+        with pytest.raises(Unavailable, match=r"3 commands at a time.*try again soon"):
             await r.ask(r.client.status)
         assert r.service.calls == []
         held += [await r.connect() for _ in range(2)]

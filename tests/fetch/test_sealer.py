@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from manta.cache.digests import chunk_digest
 from manta.errors import CacheBroken, Corrupt, MantaError, Unavailable
 from manta.fetch import sealer as module
+from manta.fetch.quarantine import CONDEMNED_SECONDS
 from manta.fetch.scheduler import Priority
 from manta.fetch.sealer import FAILURES_MAX
+from manta.model.extents import Extent
 from manta.testing.workers import failed
 from tests.fetch.conftest import CHUNK, NEXT_BOOT, File, World, prefill
 
@@ -100,7 +103,9 @@ async def test_wrong_bytes_are_thrown_away_and_fetched_anew_once(autojump_clock:
     assert len(world.workers.locates) == 2  # another location may lead to other bytes
 
 
-async def test_wrong_twice_is_broken_and_told(autojump_clock: MockClock, world: World) -> None:
+async def test_wrong_twice_is_broken_and_told(autojump_clock: MockClock, make_world: MakeWorld) -> None:
+    # No deadline: the clock would jump to it while a thread seals.
+    world = make_world(read_timeout_s=math.inf)
     async with world.running():
         file = world.publish("a", 2 * CHUNK)
         fault = world.workers.fault("fetch", flip=5, times=None)
@@ -116,15 +121,70 @@ async def test_wrong_twice_is_broken_and_told(autojump_clock: MockClock, world: 
         assert transfer.blob.cached_bytes == 0
         world.fetcher.close(transfer)
         assert world.fetcher.transfer(str(file.blob)) is None
-        # Who opens it later gets another try.
+        # Who opens it soon gets the same answer, without a request; later there is another try, and nothing unverified is given out.
+        with pytest.raises(Corrupt, match="Report it to the owner"):
+            await world.read_once(file, 0, 10)
+        assert len(world.workers.orders) == orders
         fault.times = 0
-        await world.read_once(file, 0, 10)
+        autojump_clock.jump(CONDEMNED_SECONDS)
+        transfer = world.fetcher.open(file.provenance)
+        await world.read(file, transfer, 0, 10)
+        assert transfer.blob.sealed
+        world.fetcher.close(transfer)
     assert len(world.failures) == 2
 
 
-async def test_readers_who_wait_when_bytes_are_thrown_away_get_the_new_ones(
+async def test_nothing_is_given_out_of_a_blob_that_was_wrong_before_all_of_it_is_verified(
+    autojump_clock: MockClock, make_world: MakeWorld
+) -> None:
+    # No deadline: the clock would jump to it while a thread seals.
+    world = make_world(read_timeout_s=math.inf)
+    async with world.running():
+        file = world.publish("a", 3 * CHUNK)
+        world.workers.fault("fetch", flip=5, where=lambda o: getattr(o, "start", 1) == 0)
+        digest = world.workers.fault("digest", hold=True, where=lambda o: getattr(o, "end", 0) == len(file.data))
+        transfer = world.fetcher.open(file.provenance)
+        transfer.want_whole(Priority.FILL)
+        await digest.reached.wait()
+        assert transfer.readable(Extent(0, len(file.data)))
+        last = world.workers.fault("fetch", hold=True, where=lambda o: getattr(o, "start", 0) == 2 * CHUNK)
+        digest.release()
+        await last.reached.wait()
+        await wait_all_tasks_blocked()
+        assert transfer.blob.has(0)
+        assert not transfer.readable(Extent(0, 10))
+        done = trio.Event()
+
+        async def read() -> None:
+            await world.read(file, transfer, 0, 10)
+            assert transfer.blob.sealed
+            done.set()
+
+        async with trio.open_nursery() as readers:
+            readers.start_soon(read)
+            await wait_all_tasks_blocked()
+            assert not done.is_set()
+            last.release()
+        world.fetcher.close(transfer)
+        await world.read_once(file, 0, 10)
+
+
+async def test_the_pages_of_bytes_that_were_thrown_away_are_forgotten_at_the_latest_with_the_seal(
     autojump_clock: MockClock, world: World
 ) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        world.workers.fault("fetch", failed("corrupt"), after_bytes=100_000)
+        await complete(world, file)
+        assert len(world.discarded) == 1
+        assert is_sealed(world, file)
+
+
+async def test_readers_who_wait_when_bytes_are_thrown_away_get_the_new_ones(
+    autojump_clock: MockClock, make_world: MakeWorld
+) -> None:
+    # No deadline: the clock would jump to it while a thread seals.
+    world = make_world(read_timeout_s=math.inf)
     async with world.running():
         file = world.publish("a", 2 * CHUNK)
         world.workers.fault("fetch", flip=5, where=lambda o: getattr(o, "start", 1) == 0)

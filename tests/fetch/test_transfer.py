@@ -49,7 +49,7 @@ def transfer(tmp_path: Path, asked: Asked) -> Iterator[Transfer]:
         def missing(_blob: BlobId, chunk: int) -> int | None:
             return next((c for c in range(chunk, len(blob.grid)) if not blob.has(c)), None)
 
-        made = Transfer(blob, Scheduler(lambda: 4, missing), asked, lambda _transfer, _error: None, 60.0)
+        made = Transfer(blob, Scheduler(lambda: 4, missing), asked, 60.0)
         entry = FileEntry("model.bin", SIZE, BLOB)
         made.sources.add(Provenance(RepoId(RepoKind.MODEL, "org/one"), COMMIT, entry, Access.anonymous()))
         yield made
@@ -300,9 +300,7 @@ BIG_CHUNK = 8 * PART_BYTES_MIN
 def roomy(tmp_path: Path, asked: Asked) -> Iterator[Transfer]:
     """A transfer whose chunks have room for parts."""
     with Store(tmp_path / "big", chunk_size=BIG_CHUNK) as store, store.open_blob(BLOB, 3 * BIG_CHUNK) as blob:
-        yield Transfer(
-            blob, Scheduler(lambda: 4, lambda _blob, chunk: chunk), asked, lambda _transfer, _error: None, 60.0
-        )
+        yield Transfer(blob, Scheduler(lambda: 4, lambda _blob, chunk: chunk), asked, 60.0)
 
 
 def part(transfer: Transfer, first: int, upto: int) -> tuple[list[tuple[int, int]], bool]:

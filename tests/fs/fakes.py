@@ -164,6 +164,9 @@ class Blobs:
         self.opened -= 1
         self.fetcher.close(transfer)
 
+    def failed(self, transfer: Transfer, error: MantaError) -> None:
+        self.failures.append(error.message)
+
     def cached_bytes(self, provenance: Provenance) -> tuple[int, bool]:
         info = self.store.find(provenance.entry.blob) if provenance.entry.blob is not None else None
         return (info.cached, info.sealed) if info is not None else (0, False)

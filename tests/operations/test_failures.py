@@ -33,6 +33,15 @@ def test_they_belong_to_their_repo_and_commit() -> None:
     assert failures.all() == ["one", "two", "three", "full"]
 
 
+def test_what_a_repo_has_already_is_not_said_again_in_general() -> None:
+    failures = Failures()
+    failures.add(of(), Unavailable("slow"))
+    failures.add_general(Unavailable("slow"))
+    failures.add_general(Unavailable("stuck"))
+    failures.add_general(Unavailable("stuck"))
+    assert failures.all() == ["slow", "stuck"]
+
+
 def test_they_are_bounded() -> None:
     failures = Failures()
     for n in range(1000):

@@ -211,7 +211,7 @@ def test_a_whole_file_instead_of_its_beginning_is_good_enough(url: str, hub: Hub
 FAULTS: dict[str, tuple[faults.Action, str, str, int]] = {
     # what the hub does, the reason, some of the message, bytes that must have been told of
     "short 206": (faults.ShortRange(missing=1000), "unavailable", "after 999000 of 1000000 bytes", 999_000),
-    "over-long": (faults.TooLong(extra=10), "corrupt", "more bytes than asked for", 0),
+    "over-long": (faults.TooLong(extra=10), "corrupt", "sent 1000010 bytes as bytes 0-999999", 0),
     "moved Content-Range": (faults.WrongRange(shift=1), "corrupt", "answered bytes 1000001-", 0),
     "moved back Content-Range": (faults.WrongRange(shift=-1), "corrupt", "answered bytes 999999-", 0),
     "no Content-Range": (faults.Headers(remove=["Content-Range"]), "unavailable", "without a Content-Range", 0),

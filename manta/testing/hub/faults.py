@@ -78,6 +78,12 @@ class Refuse(_Action, tag="refuse", frozen=True, kw_only=True):
     seconds: Seconds = 5.0
 
 
+class BlackHole(_Action, tag="black-hole", frozen=True, kw_only=True):
+    """Reset this connection, and for `seconds` answer no other at the origin: connecting to it hangs."""
+
+    seconds: Seconds = 5.0
+
+
 class TooMany(_Action, tag="too-many", frozen=True, kw_only=True):
     """429; `form` says which header tells how long to wait (`seconds`)."""
 
@@ -161,6 +167,7 @@ Action = (
     | Drip
     | Delay
     | Refuse
+    | BlackHole
     | TooMany
     | Fail
     | ShortRange
@@ -331,7 +338,7 @@ def spoil(reply: Reply, action: Action, scene: Scene) -> Reply:
         case Reset():
             at = min(action.after_bytes, reply.length)
             return replace(reply, pace=replace(pace, reset_at=at, reset_before_headers=action.before_headers))
-        case Refuse():
+        case Refuse() | BlackHole():
             return replace(reply, pace=replace(pace, reset_at=0, reset_before_headers=True))
         case Truncate():
             return replace(reply, pace=replace(pace, cut_at=min(action.after_bytes, reply.length)))

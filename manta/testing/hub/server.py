@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,7 +23,7 @@ from manta.testing.hub.answers import Answers, Policy, error
 from manta.testing.hub.changes import apply_change
 from manta.testing.hub.content import ContentChangedError
 from manta.testing.hub.delivery import ClientGoneError, patient_sleep, reset, send_body
-from manta.testing.hub.faults import Action, FaultBook, Mutate, Refuse, Scene, Subject, spoil
+from manta.testing.hub.faults import Action, BlackHole, FaultBook, Mutate, Refuse, Scene, Subject, spoil
 from manta.testing.hub.limits import Bandwidth, QuotaLedger, Quotas
 from manta.testing.hub.reply import Reply, Request
 from manta.testing.hub.repository import Catalogue
@@ -71,6 +72,7 @@ class HubServer:
         self._finished = finished
         self._restore = catalogue.checkpoint()
         self._listeners: dict[Origin, asyncio.Server] = {}
+        self._black_holes: dict[Origin, ExitStack] = {}
         self._handlers: dict[Origin, web.Server] = {}
         self._admin_listener: asyncio.AbstractServer | None = None
         self._admin_handler: web.Server | None = None
@@ -100,6 +102,8 @@ class HubServer:
             task.cancel()
         for origin in list(self._listeners):
             await self.refuse(origin)
+        for black_hole in self._black_holes.values():
+            black_hole.close()
         if self._admin_listener is not None and self._admin_handler is not None:
             self._admin_listener.close()
             await self._admin_handler.shutdown(_GRACE_S)
@@ -110,6 +114,8 @@ class HubServer:
         """Accept connections at an origin, at the port it always had."""
         if origin in self._listeners:
             return
+        if (black_hole := self._black_holes.pop(origin, None)) is not None:
+            black_hole.close()
         listener = await asyncio.get_running_loop().create_server(
             self._handlers[origin],
             self._host,
@@ -129,6 +135,22 @@ class HubServer:
         listener.close()
         for connection in self._handlers[origin].connections:
             reset(connection.transport)
+
+    async def swallow(self, origin: Origin) -> None:
+        """As `refuse`, but new connections are neither taken nor refused until `open`: their SYNs go unanswered."""
+        await self.refuse(origin)
+        if origin in self._black_holes:
+            return
+        stack = self._black_holes[origin] = ExitStack()
+        address = (self._host, self.answers.ports[origin])
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = stack.enter_context(socket.socket(family))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(0)
+        # With a backlog of 0 the kernel holds one connection for whoever accepts, which is nobody; it ignores the SYNs of all others.
+        filler = stack.enter_context(socket.socket(family))
+        filler.connect(address)
 
     def reset(self, *, content: bool = True) -> None:
         """Back to the start: no faults, no traffic, first settings; and, unless told, first content."""
@@ -247,8 +269,8 @@ class HubServer:
 
     async def _strike_port(self, origin: Origin, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Refuse):
-                await self.refuse(origin)
+            if isinstance(action, Refuse | BlackHole):
+                await (self.refuse if isinstance(action, Refuse) else self.swallow)(origin)
                 task = asyncio.create_task(self._reopen(origin, action.seconds))
                 self._reopening.add(task)
                 task.add_done_callback(self._reopening.discard)

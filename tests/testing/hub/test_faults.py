@@ -215,6 +215,7 @@ def test_faults_of_the_pace() -> None:
     assert _spoil(faults.Truncate(after_bytes=1)).pace.cut_at == 1
     assert _spoil(faults.Drip(bytes_per_second=5)).pace.drip_rate == 5
     assert _spoil(faults.Refuse()).pace.reset_before_headers
+    assert _spoil(faults.BlackHole()).pace.reset_before_headers
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,23 @@ def test_drip(hub: HubProcess, blob_url: str, truth: bytes) -> None:
     assert time.monotonic() - began >= 0.35
 
 
+def test_a_black_hole_answers_no_connection_and_closes_again(hub: HubProcess, blob_url: str) -> None:
+    hub.add_fault(faults.BlackHole(seconds=0.6), origin="cdn", times=1)
+    with pytest.raises(ConnectionError):
+        fetch(blob_url)
+    parts = urlsplit(blob_url)
+    with pytest.raises(TimeoutError):
+        socket.create_connection((parts.hostname or "", parts.port or 80), timeout=0.2)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert fetch(blob_url).status == 200
+        except OSError:
+            assert time.monotonic() < deadline
+        else:
+            break
+
+
 def test_refused_port_opens_again(hub: HubProcess, blob_url: str) -> None:
     hub.add_fault(faults.Refuse(seconds=0.3), origin="cdn", times=1)
     with pytest.raises(ConnectionResetError):
