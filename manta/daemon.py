@@ -57,6 +57,7 @@ from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.mounts import Mounted, Mounts
+from manta.operations.room import Room
 from manta.operations.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Daemon:
         self._stirred = trio.Event()  # something ended that may have been the last
         self._metadata = MetadataStore(store.layout.meta)
         self._pins = Pins(store.layout.pins)
+        self._room = Room(store, self._pins, config.cache, self._mounted_blobs)
         self._workers = WorkerPool(config.fetch.workers)
         self._sealer = Sealer(self._workers, self._failures.add, lambda transfer: self._forget_pages(transfer.blob.id))
         self._hub = HuggingFaceHub(config.hub)
@@ -106,6 +108,7 @@ class Daemon:
             self._failures.add,
             self._sealer.grown,
             self._circuits,
+            self._room,
         )
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
@@ -148,13 +151,13 @@ class Daemon:
             self._filesystem = Filesystem(self._mounts.folder, self, self._count_read, fill=config.fetch.fill)
             self._jobs = Jobs(nursery, catalog, self._fetcher, self._store, self._forget_pages, self._stir)
             self._housekeeping = Housekeeping(
-                self._store, self._metadata, self._pins, config.cache, self._mounted_blobs
+                self._store, self._metadata, self._pins, config.cache, self._room, self._mounted_blobs
             )
             self._control = ControlServer(self, config.socket_path)
             await nursery.start(self._fetcher.run)
             nursery.start_soon(self._workers.run)
             nursery.start_soon(self._sealer.run, self._fetcher)
-            nursery.start_soon(self._housekeeping.run)
+            nursery.start_soon(self._room.run, self._fetcher)
             listener = None
             try:
                 if not self._direct:
@@ -337,13 +340,13 @@ class Daemon:
             ],
             cache_bytes=self._store.cached_bytes,
             cache_limit=self._config.cache.size,
-            disk_free=self._store.disk_free(),
+            disk_free=self._room.disk_free(),
             origin_rate=self._fetcher.origin_meter.rate(now),
             origin_bytes=self._fetcher.origin_meter.total,
             read_bytes=self._read_bytes,
             workers=len(self._workers.pids),
             errors=[
-                *([self._pins.problem] if self._pins.problem else []),
+                *filter(None, (self._pins.problem, self._room.problem)),
                 *self._circuits.reasons(),
                 *self._failures.all(),
             ],
@@ -507,7 +510,11 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # huggingface_hub's client tells every request
     ready = _Readiness(ready_fd)
     try:
-        with contextlib.ExitStack() as end, Store(config.cache.dir) as store:
+        config.make_instance_dir()
+        with (
+            contextlib.ExitStack() as end,
+            Store(config.cache.dir, journal=config.instance_dir / "condemned.json") as store,
+        ):
             daemon = Daemon(config, store, ephemeral)
             # Outside of the store too: a disk may be slow to close it.
             watchdog = end.enter_context(Watchdog(daemon.abort))

@@ -12,6 +12,10 @@ entry is zeroed, so an absent chunk lacks both and no single damaged bit makes i
 entry and in the header. Whatever else is wrong (length, magic, version, chunk size, blob) makes the whole file worthless, and no more
 than that.
 
+A chunk that became absent must not come back with the next start, whatever the disk refuses: where the map's file does not take it, the
+file is removed, and with it all that it said (a data file without a map is dropped). Where not even that is possible the map is
+`condemned`, and the store tries on (`manta.cache.condemned`).
+
 A killed daemon loses nothing that it wrote: the kernel has it. After a host crash neither the map nor the data can be believed, which is
 seen by the boot id: then every chunk of an unsealed blob is *doubtful*, that is not present until its bytes were checked against its
 entry. Sealed blobs were fsynced, data before entries before flag, and stay present. The boot id becomes today's when no doubt is left.
@@ -26,14 +30,15 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from manta.cache.digests import DIGEST_BYTES
-from manta.cache.disk import disk_error, disk_errors, pwrite_all
-from manta.errors import Corrupt
+from manta.cache.disk import disk_error, disk_errors, fsync_directory, pwrite_all
+from manta.errors import Corrupt, MantaError
 from manta.model.extents import ChunkGrid
 from manta.model.ids import BlobAlgorithm, BlobId
 
@@ -142,6 +147,8 @@ class ChunkMap:
         self._seed = zlib.crc32(header.encode()[16:72])
         self._fd = -1
         self._closed = False
+        self._abandoned = False
+        self._condemned = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -278,6 +285,11 @@ class ChunkMap:
         """Grows whenever a chunk that could be read becomes absent: what was concluded from the bytes before may not hold any more."""
         return self._generation
 
+    @property
+    def condemned(self) -> bool:
+        """The file says of a chunk that it is present, which must not be believed any more, and the disk lets nobody change that."""
+        return self._condemned
+
     def digest(self, chunk: int) -> bytes | None:
         """The recorded digest of a present or doubtful chunk, read from the file. Raises CacheBroken."""
         with self._lock:
@@ -331,7 +343,8 @@ class ChunkMap:
             if not 0 <= chunk < len(self.grid):
                 raise IndexError(f"chunk {chunk} of {len(self.grid)}")
             self._absent(chunk)
-            self._break_seal()
+            with self._condemning():
+                self._break_seal()
             self._forget(chunk)
 
     def reset(self) -> None:
@@ -343,8 +356,8 @@ class ChunkMap:
             self._present_count = 0
             self._prefix = 0
             self._generation += 1
-            self._break_seal()
-            with disk_errors(self.path, "clearing a chunk map"):
+            with self._condemning(), disk_errors(self.path, "clearing a chunk map"):
+                self._break_seal()
                 # Bits before entries. Written, not truncated: a peer server that has the file mapped would get SIGBUS.
                 at, end = self._header.bitmap_at, map_bytes(self.grid)
                 while at < end:
@@ -371,6 +384,12 @@ class ChunkMap:
         with disk_errors(self.path, "sealing a blob"):
             os.fsync(fd)
 
+    def abandon(self) -> None:
+        """The directory was removed and is made anew: what is at `path` from now on is another map. Changes fail, or go into the file that
+        has no name any more."""
+        with self._lock:
+            self._abandoned = True
+
     def close(self) -> None:
         """Closes the file for good. The mirror still answers; a change raises ValueError: the directory may be another daemon's by then."""
         with self._lock:
@@ -395,6 +414,8 @@ class ChunkMap:
         if self._closed:
             raise ValueError(f"the chunk map of {self.blob} is closed")
         if self._fd < 0:
+            if self._abandoned:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             # On demand: a sealed blob's map is never written, and thousands of them may be open.
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         return self._fd
@@ -441,9 +462,22 @@ class ChunkMap:
         self._absent(chunk)
         self._doubtful.discard(chunk)
         if self._bitmap[chunk >> 3] >> (chunk & 7) & 1:
-            with disk_errors(self.path, "clearing a chunk"):
+            with self._condemning(), disk_errors(self.path, "clearing a chunk"):
                 self._write_bit(chunk, present=False)
                 self._write(_NO_ENTRY, self._entry_at(chunk))
+
+    @contextmanager
+    def _condemning(self) -> Iterator[None]:
+        """Around writes that make chunks absent: where the disk refuses one, the file must not be read again."""
+        try:
+            yield
+        except MantaError:
+            if not (self._closed or self._abandoned):
+                try:
+                    remove_map(self.path)
+                except OSError:
+                    self._condemned = True
+            raise
 
     def _break_seal(self) -> None:
         """A seal is believed after a host crash, so it must be gone from the disk before the data under it changes."""
@@ -456,6 +490,12 @@ class ChunkMap:
         if not self._doubtful and self._header.boot_id != self._boot_id:
             with disk_errors(self.path, "ending the doubt about a chunk map"):
                 self._write_header(Header(self.blob, self.grid, self._boot_id, self._header.sealed))
+
+
+def remove_map(path: Path) -> None:
+    """SLOW: takes a map away so that no crash brings it back. Raises OSError."""
+    path.unlink(missing_ok=True)
+    fsync_directory(path.parent)
 
 
 def _chunk_bytes(grid: ChunkGrid, count: int, with_last: bool) -> int:

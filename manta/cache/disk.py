@@ -17,8 +17,9 @@ TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of a file that is being written and not yet in its place. One that is found later is left over from a crash."""
 
 _REMEDY = {
-    errno.EROFS: "Remount its filesystem writable (the kernel log says why it is not), then restart the daemon.",
-    errno.ENOENT: "The cache directory was removed or unmounted while in use: bring it back, then restart the daemon.",
+    errno.EROFS: "Remount its filesystem writable (the kernel log says why it is not), or name another cache directory.",
+    errno.ENOENT: "The cache directory was removed or unmounted while in use: bring it back, and it is used again.",
+    errno.ESTALE: "The cache directory was removed while this was open: close the programs that read it, and open it again.",
     errno.EACCES: "Give the daemon's user the rights to it, or name another cache directory.",
     errno.EPERM: "Give the daemon's user the rights to it, or name another cache directory.",
     errno.EMFILE: "Raise the daemon's limit on open files (LimitNOFILE, ulimit -n).",

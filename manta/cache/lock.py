@@ -33,7 +33,7 @@ class DirectoryLock:
                 except OSError:
                     os.close(self._fd)
                     raise
-                if self._is(path):
+                if self.holds(path):
                     break
                 os.close(
                     self._fd
@@ -41,10 +41,11 @@ class DirectoryLock:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 
-    def _is(self, path: Path) -> bool:
+    def holds(self, path: Path) -> bool:
+        """Whether the file at `path` is the one that is locked: it may have been removed, or its disk unmounted."""
         try:
             return os.path.samestat(os.fstat(self._fd), os.stat(path))
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def release(self) -> None:

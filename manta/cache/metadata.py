@@ -202,7 +202,9 @@ class MetadataStore:
 
     def _write(self, path: Path, data: bytes) -> None:
         with self._lock, disk_errors(path, "storing metadata"):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Not `parents`: where the whole cache was unmounted, nothing of it may appear in the directory below.
+            path.parent.parent.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             replace_file(path, data)
 
     def _remove_damaged(self, path: Path, error: Exception) -> None:

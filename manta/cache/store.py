@@ -7,6 +7,7 @@ its files, and change nothing in the maps.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -19,11 +20,12 @@ from typing import Self
 
 from manta.cache import recovery
 from manta.cache.chunkmap import ChunkMap
+from manta.cache.condemned import Condemned
 from manta.cache.disk import disk_error, disk_errors, fsync_directory
 from manta.cache.inventory import BlobInfo, Inventory
 from manta.cache.layout import DOOMED_SUFFIX, Layout
 from manta.cache.lock import DirectoryLock
-from manta.errors import Absent, Corrupt, InUse, MantaError
+from manta.errors import Absent, CacheBroken, Corrupt, InUse, MantaError
 from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
 from manta.model.ids import BlobId
 
@@ -41,7 +43,7 @@ class Blob:
     Presence is what the daemon recorded: bytes are readable where `has` says so. Sizes and offsets are bytes.
     """
 
-    def __init__(self, store: Store, fd: int, chunk_map: ChunkMap, path: Path) -> None:
+    def __init__(self, store: Store, fd: int, chunk_map: ChunkMap, path: Path, read_only: bool) -> None:
         """Use `Store.open_blob`."""
         self.id = chunk_map.blob
         self.grid = chunk_map.grid
@@ -51,6 +53,7 @@ class Blob:
         self._store = store
         self._fd = fd
         self._map = chunk_map
+        self._read_only = read_only
         self._holders = 1
         self._used = True
         self._noting = threading.Lock()
@@ -58,10 +61,26 @@ class Blob:
 
     @property
     def fd(self) -> int:
-        """The data file, open for reading and writing until the last `close`. Raises ValueError after that."""
+        """The data file, open for reading until the last `close`. Raises ValueError after that."""
         if self._fd < 0:
             raise ValueError(f"{self.id} is closed")
         return self._fd
+
+    def writable_fd(self) -> int:
+        """`fd`, open for writing too. Raises CacheBroken while the disk is read-only."""
+        fd = self.fd
+        if self._read_only:
+            with disk_errors(self.path, "opening a blob for writing"):
+                writable = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    if not os.path.samestat(os.fstat(writable), os.fstat(fd)):
+                        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                    # In place, under the number that readers have.
+                    os.dup2(writable, fd, inheritable=False)
+                finally:
+                    os.close(writable)
+            self._read_only = False
+        return fd
 
     def has(self, chunk: int) -> bool:
         """Whether `chunk` may be read."""
@@ -190,7 +209,7 @@ class Blob:
     def _note(self) -> None:
         # Looked up under the lock, so that of two threads the later writes the later number.
         with self._noting:
-            self._store._inventory.update(self.id, cached=self._map.kept_bytes, sealed=self._map.sealed)
+            self._store._noted(self)
 
 
 class Store:
@@ -201,12 +220,15 @@ class Store:
         directory: Path,
         *,
         chunk_size: int = CHUNK_SIZE,
+        journal: Path | None = None,
         boot_id: bytes | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """SLOW: locks and prepares the directory, and scans it. `boot_id` (None: the kernel's) and `clock` (epoch seconds) are for tests.
+        """SLOW: locks and prepares the directory, and scans it. `journal` is a file on another disk, see `manta.cache.condemned`;
+        `boot_id` (None: the kernel's) and `clock` (epoch seconds) are for tests.
 
-        Raises InUse where another daemon has the directory, Invalid where it is none of ours, NoSpace and CacheBroken.
+        Raises InUse where another daemon has the directory, Invalid where it is none of ours, NoSpace, and CacheBroken where it cannot be
+        read and written.
         """
         self.layout = Layout(directory)
         self._chunk_size = chunk_size
@@ -218,13 +240,20 @@ class Store:
         self._directory_lock = DirectoryLock(self.layout.lock)
         try:
             self.layout.prepare()
-            self.recovered = recovery.scan(self.layout)
-            """What was found in the directory. Its `unsealed` blobs are complete and wait for their digest to be compared."""
+            self._device = os.stat(directory).st_dev
+            self._condemned = Condemned(self.layout, journal)
+            self._inventory = self._scanned()
         except BaseException:
             self._directory_lock.release()
             raise
-        self._inventory = Inventory(self.recovered.blobs)
+        self._stamp_refused = False
+
+    def _scanned(self) -> Inventory:
+        self.recovered = recovery.scan(self.layout)
+        """What was found in the directory. Its `unsealed` blobs are complete and wait for their digest to be compared."""
+        inventory = Inventory(info for info in self.recovered.blobs if info.id not in self._condemned)
         self.recovered.blobs.clear()  # the inventory has them, and keeps them true
+        return inventory
 
     @property
     def directory(self) -> Path:
@@ -235,11 +264,57 @@ class Store:
         """Bytes of all chunks in the cache."""
         return self._inventory.cached_bytes
 
-    def disk_free(self) -> int:
-        """Bytes that the cache's disk has left for this user. Raises CacheBroken."""
+    def disk_space(self) -> tuple[int, int]:
+        """Bytes that the cache's disk has left for this user, and that it has in all. Raises CacheBroken."""
         with disk_errors(self.directory, "asking for free space"):
             status = os.statvfs(self.directory)
-        return status.f_bavail * status.f_frsize
+        return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+
+    # A directory that goes and comes back -------------------------------------------------------------------------------
+
+    def look_after(self) -> bool:
+        """SLOW: sees that the directory is still there and does what the disk refused before. True where it was gone and is ours again.
+
+        It is made anew where it was removed, and taken again where what is there now is a cache. An empty directory on another disk is the
+        place where ours was mounted: nothing is written there. Raises CacheBroken while it is gone; InUse, Invalid, NoSpace.
+        """
+        self._condemned.retry()
+        if self._directory_lock.holds(self.layout.lock) and self.layout.blobs.is_dir():
+            return False
+        with disk_errors(self.directory, "looking for the cache directory"):
+            self._check_return()
+        self.layout.claim()
+        lock = None if self._directory_lock.holds(self.layout.lock) else DirectoryLock(self.layout.lock)
+        try:
+            self.layout.prepare()
+            device = os.stat(self.directory).st_dev
+            inventory = self._scanned()
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        with self._lock:
+            for blob in self._open.values():
+                blob._map.abandon()  # whoever reads it reads on from a file that has no name any more
+            self._open.clear()
+            self._inventory, self._device = inventory, device
+            if lock is not None:
+                self._directory_lock.release()
+                self._directory_lock = lock
+        logger.warning(
+            "The cache directory %s was gone and is used again: %d blobs are in it.",
+            self.directory,
+            len(inventory.listing()),
+        )
+        return True
+
+    def _check_return(self) -> None:
+        """Raises OSError (ENOENT) where what is at our path now is not for us to use."""
+        if self.layout.version.exists():
+            return
+        there = self.directory if self.directory.exists() else self.directory.parent
+        if os.stat(there).st_dev != self._device:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def find(self, blob: BlobId) -> BlobInfo | None:
         """What the cache has of `blob`, open or not; None for nothing."""
@@ -308,6 +383,7 @@ class Store:
             for blob in list(self._open.values()):
                 blob._holders = 1
                 blob.close()
+            self._condemned.retry()
             self._directory_lock.release()
 
     def __enter__(self) -> Self:
@@ -321,7 +397,21 @@ class Store:
         created = not known and not data.exists()
         if created:
             data.parent.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if blob in self._condemned:
+            self._condemned.retry()
+            if blob in self._condemned:
+                raise CacheBroken(
+                    f"{blob} has damaged chunks, and the cache disk lets nobody forget them: it is not read. Make the disk writable"
+                    " (the kernel log says why it is not)."
+                )
+        read_only = False
+        try:
+            fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS or created:
+                raise
+            # What is cached can still be read.
+            fd, read_only = os.open(data, os.O_RDONLY | os.O_CLOEXEC), True
         try:
             chunk_map = ChunkMap.load(map_path, blob, grid, self._boot_id)
             if chunk_map is None or os.fstat(fd).st_size != grid.size:
@@ -336,7 +426,7 @@ class Store:
                 with suppress(OSError):
                     data.unlink()
             raise
-        return Blob(self, fd, chunk_map, data)
+        return Blob(self, fd, chunk_map, data, read_only)
 
     def _hold(self, blob: Blob) -> None:
         with self._lock:
@@ -354,16 +444,27 @@ class Store:
             if blob._used:
                 now = self._clock()
                 self._stamp(blob, now)
-                self._inventory.update(blob.id, last_used=now)
-            self._inventory.update(blob.id, in_use=False)
-            del self._open[blob.id]
+            if self._open.get(blob.id) is blob:
+                self._inventory.update(blob.id, last_used=now if blob._used else None, in_use=False)
+                del self._open[blob.id]
             blob._map.close()
             os.close(blob._fd)
             blob._fd = -1
+
+    def _noted(self, blob: Blob) -> None:
+        """What is known of an open blob has changed."""
+        if blob._map.condemned:
+            self._condemned.add(blob.id)
+        if self._open.get(blob.id) is blob:
+            self._inventory.update(blob.id, cached=blob._map.kept_bytes, sealed=blob._map.sealed)
 
     def _stamp(self, blob: Blob, now: float) -> None:
         """The data file's time is when the blob was last used: two cheap calls per use, and none per read."""
         try:
             os.utime(blob._fd, (now, now))
+            self._stamp_refused = False
         except OSError as error:
+            if self._stamp_refused:
+                return  # said once
+            self._stamp_refused = True
             logger.warning("Cannot note the time of use on %s: %s", blob.path, error.strerror)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
+from typing import Protocol
 
 import trio
 
@@ -26,7 +27,7 @@ from manta.fetch.meter import Meter
 from manta.fetch.pacing import Pacer
 from manta.fetch.quarantine import Quarantine
 from manta.fetch.retry import judge
-from manta.fetch.scheduler import Scheduler, Want
+from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Provenance
 from manta.fetch.stragglers import Stragglers
 from manta.fetch.throttle import Throttles
@@ -52,8 +53,20 @@ OnFailure = Callable[[Provenance, MantaError], None]
 OnArrival = Callable[[Transfer], None]
 
 
+class Room(Protocol):
+    """Whether there is room in the cache for what would be fetched."""
+
+    refusal: MantaError | None
+    """What readers get while there is none and nothing can make any."""
+
+    def least_urgent(self, coming: int) -> Priority | None:
+        """The least urgent work that may be ordered while `coming` bytes are ordered and not recorded; None for nothing."""
+        ...
+
+
 class Fetcher:
-    """`origin` None: offline, nothing can be fetched. `failed` hears of each fetch that was given up, `grown` of each chunk that came."""
+    """`origin` None: offline, nothing can be fetched. `failed` hears of each fetch that was given up, `grown` of each chunk that came.
+    `room` None: the cache has no bounds."""
 
     def __init__(
         self,
@@ -64,7 +77,9 @@ class Fetcher:
         failed: OnFailure,
         grown: OnArrival,
         circuits: Circuits | None = None,
+        room: Room | None = None,
     ) -> None:
+        self._room = room
         self._store = store
         self._workers = workers
         self._config = config
@@ -153,7 +168,7 @@ class Fetcher:
             while True:
                 self._stirred = trio.Event()
                 now = trio.current_time()
-                while (want := self._scheduler.next(now)) is not None:
+                while (want := self._scheduler.next(now, self._least_urgent())) is not None:
                     self._send(want, now)
                 change = self._scheduler.next_change(now)
                 with trio.move_on_at(math.inf if change is None else change):
@@ -182,10 +197,31 @@ class Fetcher:
         )  # fmt: skip
         flight.hedge()
 
+    @property
+    def coming(self) -> int:
+        """Bytes of the chunks that are under way: what the cache grows by without further orders, at most."""
+        return sum(flight.size for flight in self._flights)
+
+    def _least_urgent(self) -> Priority | None:
+        return Priority.FILL if self._room is None else self._room.least_urgent(self.coming)
+
+    def room_changed(self) -> None:
+        """What had to wait for room may go, or is to be refused."""
+        self._stirred.set()
+
+    def refuse_prefetches(self, error: MantaError) -> None:
+        """There is no room for whole blobs, and none is to be expected: those who wait for one are told."""
+        for transfer in self._transfers.values():
+            transfer.unverified(error)
+
     def _send(self, want: Want, now: float) -> None:
         transfer = self._transfers[str(want.blob)]
         location = transfer.sources.location
-        if location is None or location.stale(time.time()):
+        if self._room is not None and self._room.refusal is not None:
+            self._scheduler.finished(want)
+            self._give_up(transfer, self._room.refusal, want.chunk)
+            self._let_go(transfer)
+        elif location is None or location.stale(time.time()):
             self._scheduler.again(want)
             self._scheduler.hold(want.blob, math.inf)
             if not transfer.locating:

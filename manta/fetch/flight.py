@@ -33,6 +33,8 @@ class Flight:
         self._workers = workers
         self._stall_s = stall_s
         self._came = came
+        self.size = len(transfer.blob.grid.extent(want.chunk))
+        """Bytes of the chunk."""
         self._extents, self.last = transfer.extents_for(want)
         """With `last` the chunk is complete when this has ended well."""
         self.course = Course(trio.current_time(), sum(map(len, self._extents)))
@@ -123,4 +125,4 @@ class Flight:
             self._came(upto - at)
             self.transfer.arrived(chunk, at, upto)
 
-        return await self._workers.fetch(make, blob.fd, progress, control)
+        return await self._workers.fetch(make, blob.writable_fd(), progress, control)

@@ -258,9 +258,14 @@ class Scheduler:
         """The orders under way, by `Want.key`, from which nothing has come for a while: others go beside them."""
         self._silent = frozenset(orders)
 
-    def next(self, now: float) -> Want | None:
-        """The next chunk to fetch, now counted as under way; None where nothing may go. `finished` or `again` must follow."""
+    def next(self, now: float, least: Priority | None = Priority.FILL) -> Want | None:
+        """The next chunk to fetch, now counted as under way; None where nothing may go. `finished` or `again` must follow.
+
+        Nothing less urgent than `least` goes; None: nothing at all. What may not go stays wanted.
+        """
         self._end_waits(now)
+        if least is None:
+            return None
         limit = self._connections()
         demands = sum(1 for p in self._running.values() if p is Priority.DEMAND)
         if demands:
@@ -272,7 +277,8 @@ class Scheduler:
             taken = self._take_turn(Priority.DEMAND, only_first=live_demands >= limit)
             if taken is not None:
                 return taken
-        if len(live) - live_demands >= limit or len(self._running) - demands >= OTHER_ORDERS_MAX * limit:
+        full = len(live) - live_demands >= limit or len(self._running) - demands >= OTHER_ORDERS_MAX * limit
+        if full or least < Priority.READAHEAD:
             return None
         if (taken := self._take_turn(Priority.READAHEAD)) is not None:
             return taken
@@ -280,7 +286,10 @@ class Scheduler:
         background = sum(1 for p in live if p >= Priority.PREFETCH)
         if background >= (limit if quiet else min(self._beside_demand, limit)):
             return None
-        return self._take_turn(Priority.PREFETCH) or self._take_turn(Priority.FILL)
+        for priority in (Priority.PREFETCH, Priority.FILL):
+            if priority <= least and (taken := self._take_turn(priority)) is not None:
+                return taken
+        return None
 
     def _end_waits(self, now: float) -> None:
         """Ends the holds and the pauses whose time has come."""

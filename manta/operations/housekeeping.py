@@ -1,8 +1,10 @@
-"""Care of the cache: what is in it, what is pinned, what goes when room is needed, here and only here. trio thread."""
+"""Care of the cache as a person asks for it: what is in it, what is pinned, what is removed, here and only here. trio thread.
+
+What goes by itself when room is needed is `manta.operations.room`'s.
+"""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -12,18 +14,14 @@ import trio
 from manta.cache.inventory import BlobInfo
 from manta.cache.metadata import MetadataStore
 from manta.cache.pins import Pins
-from manta.cache.policy import excess, oldest, victims
+from manta.cache.policy import oldest
 from manta.cache.store import Store
 from manta.config import CacheConfig
 from manta.control.protocol import Blob, CacheListing, Removal
-from manta.errors import Absent, InUse, Invalid, MantaError
+from manta.errors import Absent, InUse, Invalid
 from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, Target, is_commit, parse_blob_id, parse_target
 from manta.model.snapshot import Snapshot
-
-log = logging.getLogger(__name__)
-
-LOOK_SECONDS = 5.0
-"""How often the bounds are looked at. At 1 GB/s a cache grows 5 GB in between: the free-space floor should be more than that."""
+from manta.operations.room import Room
 
 NAMES_MAX = 4
 
@@ -32,12 +30,19 @@ class Housekeeping:
     """`mounted` names the blobs of all mounts: they count as in use."""
 
     def __init__(
-        self, store: Store, metadata: MetadataStore, pins: Pins, config: CacheConfig, mounted: Callable[[], set[BlobId]]
+        self,
+        store: Store,
+        metadata: MetadataStore,
+        pins: Pins,
+        config: CacheConfig,
+        room: Room,
+        mounted: Callable[[], set[BlobId]],
     ) -> None:
         self._store = store
         self._metadata = metadata
         self._pins = pins
         self._config = config
+        self._room = room
         self._mounted = mounted
 
     # What there is ---------------------------------------------------------------------------------------------------
@@ -147,13 +152,8 @@ class Housekeeping:
 
     async def collect(self, size: int, *, dry_run: bool) -> Removal:
         """Evicts, least recently used first, down to `size` bytes (-1: the configured bounds)."""
-        mounted = self._mounted()
-        evictable = [info for info in self._store.listing() if info.id not in mounted]
-        if size >= 0:
-            chosen = oldest(evictable, self._store.cached_bytes - size, self._pins)
-        else:
-            free, floor = self._store.disk_free(), self._config.free_space_floor
-            chosen = victims(evictable, self._store.cached_bytes, self._config.size, free, floor, self._pins)
+        needed = self._store.cached_bytes - size if size >= 0 else self._room.needed()
+        chosen = oldest(self._room.evictable(), needed, self._pins)
         if dry_run:
             names = await trio.to_thread.run_sync(self._names)
             blobs = self._listed(chosen, names).blobs
@@ -179,18 +179,3 @@ class Housekeeping:
                 else:
                     removed.append(described)
         return Removal(removed, freed, kept)
-
-    async def run(self) -> None:
-        """Keeps the cache within its bounds as long as it is not cancelled."""
-        while True:
-            await trio.sleep(LOOK_SECONDS)
-            try:
-                free, floor = self._store.disk_free(), self._config.free_space_floor
-                if not excess(self._store.cached_bytes, self._config.size, free, floor):
-                    continue
-                removal = await self.collect(-1, dry_run=False)
-            except MantaError as e:
-                log.warning("the cache could not be looked after: %s", e.message)
-                continue
-            if removal.removed:
-                log.info("evicted %d blobs, %d bytes", len(removal.removed), removal.freed)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manta.cache.inventory import BlobInfo
-from manta.cache.policy import SLACK, excess, oldest, victims
+from manta.cache.policy import RESERVE_BYTES, SLACK, Admission, Bounds, Usage, admission, excess, oldest
 from manta.model.ids import BlobAlgorithm, BlobId
 
 GIB = 1024**3
@@ -23,44 +23,65 @@ def numbers(blobs: list[BlobInfo]) -> list[int]:
 TEN = [blob(n) for n in range(10)]
 
 
+def usage(cached: int, free: int = 900 * GIB, coming: int = 0) -> Usage:
+    return Usage(cached, coming, free, 1000 * GIB)
+
+
 @pytest.mark.parametrize(
-    ("cached", "limit", "free", "floor", "expected"),
+    ("usage", "bounds", "expected"),
     [
-        (100, 0, 50, 10, 0),
-        (100, 100, 50, 10, 0),
-        (1000, 160, 50, 50, 1000 - 150),
-        (100, 0, 9, 16, 8),
-        (1000, 160, 0, 16, 1000 - 150),
-        (161, 160, 0, 1600, 1700),
-        (100, 0, 0, 0, 0),
+        (usage(500 * GIB), Bounds(0, GIB), Admission.ALL),
+        (usage(500 * GIB, free=GIB + RESERVE_BYTES + 1), Bounds(0, GIB), Admission.ALL),
+        (usage(500 * GIB, free=GIB + RESERVE_BYTES), Bounds(0, GIB), Admission.READERS),
+        (usage(500 * GIB, free=GIB + 1), Bounds(0, GIB), Admission.READERS),
+        (usage(500 * GIB, free=GIB), Bounds(0, GIB), Admission.NOTHING),
+        (usage(500 * GIB, free=0), Bounds(0, 0), Admission.NOTHING),
+        (usage(10 * GIB - RESERVE_BYTES - 1), Bounds(10 * GIB, GIB), Admission.ALL),
+        (usage(10 * GIB - RESERVE_BYTES), Bounds(10 * GIB, GIB), Admission.READERS),
+        (usage(10 * GIB), Bounds(10 * GIB, GIB), Admission.NOTHING),
+        (usage(11 * GIB), Bounds(10 * GIB, GIB), Admission.NOTHING),
+        # What was ordered takes its room before it is there.
+        (usage(5 * GIB, coming=5 * GIB), Bounds(10 * GIB, GIB), Admission.NOTHING),
+        # A small limit and a small disk have a small reserve.
+        (usage(31), Bounds(33, 0), Admission.ALL),
+        (Usage(0, 0, 600, 1000), Bounds(0, GIB), Admission.ALL),
+        (Usage(0, 0, 500, 1000), Bounds(0, GIB), Admission.NOTHING),
     ],
 )
-def test_excess(cached: int, limit: int, free: int, floor: int, expected: int) -> None:
-    assert excess(cached, limit, free, floor) == expected
+def test_what_may_be_fetched(usage: Usage, bounds: Bounds, expected: Admission) -> None:
+    assert admission(usage, bounds) is expected
+    assert (excess(usage, bounds) == 0) is (expected is Admission.ALL)
 
 
-def test_within_both_bounds_nothing_goes() -> None:
-    assert victims(TEN, 10 * GIB, 10 * GIB, GIB, GIB) == []
-    assert victims(TEN, 10 * GIB, 0, GIB, GIB) == []
+@settings(deadline=None, derandomize=True)
+@given(
+    st.integers(0, 2000), st.integers(0, 300), st.integers(0, 2000), st.integers(1, 2000), st.integers(0, 2000), st.integers(0, 2000)
+)  # fmt: skip
+def test_after_an_eviction_everything_may_be_fetched_until_the_slack_is_used_up(
+    cached: int, coming: int, free: int, size: int, limit: int, floor: int
+) -> None:
+    scale = 1 << 20
+    before = Usage(cached * scale, coming * scale, min(free, size) * scale, size * scale)
+    bounds = Bounds(limit * scale, floor * scale)
+    needed = excess(before, bounds)
+    after = Usage(before.cached - needed, before.coming, before.disk_free + needed, before.disk_size)
+    assert admission(after, bounds) is Admission.ALL
+    assert excess(after, bounds) == 0
+    if needed:
+        assert bounds.room(after) >= 2 * bounds.reserve(before.disk_size)
 
 
-def test_the_least_recently_used_go_first_until_there_is_slack() -> None:
-    chosen = victims(TEN[::-1], 10 * GIB, 8 * GIB, 100 * GIB, GIB)
-    assert numbers(chosen) == [0, 1, 2]  # two to come down to the limit, the third for the slack
-    assert victims(TEN[3:], 7 * GIB, 8 * GIB, 100 * GIB, GIB) == []
-
-
-def test_a_nearly_full_disk_evicts_without_a_limit() -> None:
-    assert numbers(victims(TEN, 10 * GIB, 0, 0, GIB)) == [0, 1]
+def test_the_least_recently_used_go_first() -> None:
+    assert numbers(oldest(TEN[::-1], 2 * GIB + 1)) == [0, 1, 2]
 
 
 def test_the_daemon_does_not_evict_again_after_each_chunk() -> None:
     """Hysteresis: fetched into a full cache, one model's worth of chunks costs one pass."""
-    chunk, limit = 8 * 1024**2, 8 * GIB
+    chunk, bounds = 8 * 1024**2, Bounds(8 * GIB, GIB)
     blobs, cached, passes = list(TEN[:8]), 8 * GIB, 0
-    for _ in range(limit // SLACK // chunk):
+    for _ in range(bounds.limit // SLACK // chunk):
         cached += chunk
-        chosen = victims(blobs, cached, limit, 100 * GIB, GIB)
+        chosen = oldest(blobs, excess(usage(cached), bounds))
         passes += bool(chosen)
         blobs = [b for b in blobs if b not in chosen]
         cached -= sum(b.cached for b in chosen)

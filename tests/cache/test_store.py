@@ -24,6 +24,7 @@ from tests.cache.conftest import BOOT, CHUNK, NEXT_BOOT, blob_id, content, fetch
 DATA = content(1000)  # 16 chunks, the last of 40 bytes
 BLOB = blob_id(DATA)
 ALL = Extent(0, len(DATA))
+OTHER = content(300, seed=1)
 
 
 class Clock:
@@ -272,7 +273,8 @@ def test_removing(store: Store) -> None:
 
 
 def test_free_space_is_that_of_the_disk(small_disk: Path, open_store: Opener) -> None:
-    assert 0 < open_store(directory=small_disk / "cache").disk_free() <= 1 << 20
+    free, size = open_store(directory=small_disk / "cache").disk_space()
+    assert 0 < free < size == 1 << 20
 
 
 def test_threads_may_verify_seal_and_remove_beside_the_trio_thread(store: Store) -> None:
@@ -463,21 +465,113 @@ def test_a_full_disk_is_no_space_and_what_is_cached_stays_usable(small_disk: Pat
     store.open_blob(other, 100 << 10).close()
 
 
-def test_a_read_only_disk_is_a_broken_cache(small_disk: Path, open_store: Opener) -> None:
+def test_a_disk_that_turns_read_only_still_reads_and_goes_on_when_it_is_well(
+    small_disk: Path, open_store: Opener
+) -> None:
     store = open_store(directory=small_disk / "cache")
-    store.open_blob(BLOB, 1000).close()
+    with store.open_blob(BLOB, 1000) as blob:
+        fetch(blob, DATA, 0, 1)
     blobs = store.layout.blobs
     subprocess.run(["mount", "--bind", blobs, blobs], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", blobs], check=True)
-        for doomed in (BLOB, blob_id(b"other")):
-            with pytest.raises(CacheBroken, match="Read-only file system"):
-                store.open_blob(doomed, 1000)
+        with pytest.raises(CacheBroken, match="Read-only file system"):
+            store.open_blob(blob_id(b"other"), 1000)
         with pytest.raises(CacheBroken, match="Read-only file system"):
             store.remove(BLOB)
+        blob = store.open_blob(BLOB, 1000)
+        assert os.pread(blob.fd, 2 * CHUNK, 0) == DATA[: 2 * CHUNK]
+        with pytest.raises(CacheBroken, match="Remount its filesystem writable"):
+            blob.writable_fd()
+        with pytest.raises(CacheBroken):
+            blob.record(2, b"0" * 16)
+        assert not blob.has(2)
+        subprocess.run(["mount", "-o", "remount,bind,rw", blobs], check=True)
+        number = blob.fd
+        assert blob.writable_fd() == blob.fd == number
+        fetch(blob, DATA)
+        blob.seal()
+        blob.close()
     finally:
-        subprocess.run(["umount", blobs], check=True)
-    store.open_blob(BLOB, 1000).close()
+        subprocess.run(["umount", "--lazy", blobs], check=True)
+
+
+def test_a_read_only_directory_is_refused_at_the_start(small_disk: Path, open_store: Opener) -> None:
+    open_store(directory=small_disk / "cache").close()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(CacheBroken, match=r"Read-only file system\. Remount its filesystem writable") as refused:
+        open_store(directory=small_disk / "cache")
+    assert str(small_disk / "cache") in refused.value.message
+
+
+# A directory that goes and comes back -----------------------------------------------------------------------------------
+
+
+def test_a_removed_directory_is_made_anew_and_what_was_open_reads_on(open_store: Opener) -> None:
+    store = open_store()
+    reading, sealed = store.open_blob(BLOB, 1000), store.open_blob(blob_id(OTHER), len(OTHER))
+    fetch(reading, DATA, 0, 1)
+    fetch(sealed, OTHER)
+    sealed.seal()
+    assert not store.look_after()
+    shutil.rmtree(store.directory)
+    assert store.look_after()
+    assert (store.listing(), store.cached_bytes) == ([], 0)
+    assert bytes_of(sealed) == OTHER
+    again = store.open_blob(BLOB, 1000)
+    assert again is not reading
+    assert again.missing(ALL) == list(range(16))
+    # What the old one still gets goes into files without a name, and never into the new one's.
+    fetch(reading, DATA, 2)
+    sealed.clear(0)
+    assert again.missing(ALL) == list(range(16))
+    assert store.cached_bytes == 0
+    reading.close()
+    fetch(again, DATA)
+    again.seal()
+    again.close()
+    sealed.close()
+    assert [(info.id, info.in_use) for info in store.listing()] == [(BLOB, False)]
+    with pytest.raises(InUse):
+        open_store()
+    store.close()
+    with open_store() as after, after.open_blob(BLOB, 1000) as blob:
+        assert blob.sealed
+
+
+def test_an_old_map_never_writes_into_the_new_directory(open_store: Opener) -> None:
+    """One that had not been opened for writing would be looked for by its name."""
+    store = open_store()
+    with store.open_blob(BLOB, 1000) as blob:
+        fetch(blob, DATA, 0)
+    old = store.open_blob(BLOB, 1000)
+    shutil.rmtree(store.directory)
+    assert store.look_after()
+    with store.open_blob(BLOB, 1000) as new:
+        with pytest.raises(CacheBroken, match="open it again"):
+            fetch(old, DATA, 1)
+        assert new.missing(ALL) == list(range(16))
+    old.close()
+
+
+def test_nothing_is_written_where_the_cache_was_mounted(small_disk: Path, open_store: Opener) -> None:
+    store = open_store(directory=small_disk)
+    with store.open_blob(BLOB, 1000) as blob:
+        fetch(blob, DATA)
+        elsewhere = small_disk.with_name("elsewhere")
+        elsewhere.mkdir()
+        subprocess.run(["mount", "--move", small_disk, elsewhere], check=True)
+        try:
+            with pytest.raises(CacheBroken, match="removed or unmounted"):
+                store.look_after()
+            with pytest.raises(CacheBroken):
+                store.open_blob(blob_id(OTHER), 1000)
+            assert list(small_disk.iterdir()) == []
+            assert bytes_of(blob) == DATA
+        finally:
+            subprocess.run(["mount", "--move", elsewhere, small_disk], check=True)
+        assert not store.look_after()
+        blob.seal()
 
 
 def test_a_vanished_directory_is_a_broken_cache_and_open_blobs_still_read(store: Store) -> None:
@@ -487,7 +581,7 @@ def test_a_vanished_directory_is_a_broken_cache_and_open_blobs_still_read(store:
         with pytest.raises(CacheBroken, match="removed or unmounted"):
             store.open_blob(blob_id(b"other"), 1000)
         with pytest.raises(CacheBroken):
-            store.disk_free()
+            store.disk_space()
         assert bytes_of(blob) == DATA
 
 

@@ -18,6 +18,7 @@ from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.mounts import Mounted, Mounts
+from manta.operations.room import Room
 from tests.fs.fakes import ACCESS, Blobs, MemoryHub, fetching
 
 
@@ -42,7 +43,10 @@ class Node:
         self.housekeeping = self.housekeeping_with(CacheConfig())
 
     def housekeeping_with(self, config: CacheConfig) -> Housekeeping:
-        return Housekeeping(self.store, self.metadata, self.pins, config, self.mounted_blobs)
+        return Housekeeping(self.store, self.metadata, self.pins, config, self.room_with(config), self.mounted_blobs)
+
+    def room_with(self, config: CacheConfig) -> Room:
+        return Room(self.store, self.pins, config, self.mounted_blobs)
 
     def mounted_blobs(self) -> set[BlobId]:
         return {entry.blob for entry in self.mounts.files() if entry.blob is not None}
