@@ -35,6 +35,7 @@ from manta.control.protocol import (
     PrefetchRequest,
     Removal,
     Status,
+    VerifyRequest,
 )
 from manta.control.server import ControlServer
 from manta.errors import InUse, MantaError, NotRunning, Unavailable
@@ -58,6 +59,7 @@ from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.mounts import Mounted, Mounts
 from manta.operations.room import Room
+from manta.operations.verification import Verification
 from manta.operations.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -149,7 +151,8 @@ class Daemon:
             )
             self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
             self._filesystem = Filesystem(self._mounts.folder, self, self._count_read, fill=config.fetch.fill)
-            self._jobs = Jobs(nursery, catalog, self._fetcher, self._store, self._forget_pages, self._stir)
+            verification = Verification(self._store, self._metadata, self._workers, self._fetcher, self._forget_pages)
+            self._jobs = Jobs(nursery, catalog, self._fetcher, self._store, verification, self._stir)
             self._housekeeping = Housekeeping(
                 self._store, self._metadata, self._pins, config.cache, self._room, self._mounted_blobs
             )
@@ -399,10 +402,13 @@ class Daemon:
     async def cache(self) -> CacheListing:
         return await self._housekeeping.listing()
 
-    async def verify(self, selection: CacheSelection) -> Job:
-        if selection.names:
-            return self._jobs.verify(sorted(await self._housekeeping.select(selection.names)))
-        return self._jobs.verify(sorted(info.id for info in self._store.listing()))
+    async def verify(self, request: VerifyRequest) -> Job:
+        self._refuse_when_stopping()
+        if request.names:
+            blobs = sorted(await self._housekeeping.select(request.names))
+        else:
+            blobs = sorted(info.id for info in self._store.listing())
+        return self._jobs.verify(blobs, full=request.full, repair=self._access if request.repair else None)
 
     async def pin(self, selection: CacheSelection) -> CacheListing:
         return await self._housekeeping.pin(selection.names)

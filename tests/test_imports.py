@@ -30,8 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     "fuse": {"errors", "fs"},
     # The worker process: the wire, the digests that it computes where it writes, and how to read a hub's request to wait.
     "worker": {"errors", "model", "wire", "cache.digests", "hub.quota"},
-    # Who is asked over the control API, and who asks.
-    "operations": {"errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol"},
+    # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
+    "operations": {
+        "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "wire.messages",
+    },
     "control": {"errors", "model", "config"},
     "cli": {"errors", "model", "config", "control"},
     # The composition root, the fakes, and `python -m manta`.

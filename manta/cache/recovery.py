@@ -1,7 +1,7 @@
 """What is believed after a restart, and how doubt is ended, here and only here.
 
-`scan` reads what a cache directory holds (the store calls it when it opens). `settle_doubtful` and `verify_chunks` compare a blob's bytes
-with its chunk map: after a host crash, and for `manta cache verify`. All of it is SLOW: the daemon runs it in worker threads, and reading
+`scan` reads what a cache directory holds (the store calls it when it opens). `settle_doubtful` compares a blob's bytes with its chunk map
+after a host crash. All of it is SLOW: the daemon runs it in worker threads, and reading
 and hashing release the GIL.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,42 +118,22 @@ def settle_doubtful(blob: Blob, progress: Progress | None = None) -> list[int]:
 
     May run while readers read and workers fetch. Raises NoSpace and CacheBroken.
     """
-    with blob.hold():
-        return _compare(
-            blob, blob.doubtful, progress, lambda chunk, digest, good: blob.settle(chunk, digest, good=good)
-        )
-
-
-def verify_chunks(blob: Blob, progress: Progress | None = None) -> list[int]:
-    """SLOW: compares every present chunk of `blob` with its digest. Returns the damaged ones and changes nothing.
-
-    The caller decides: `blob.clear(chunk)` makes a damaged chunk be fetched again. Raises CacheBroken.
-    """
-    with blob.hold():
-        present = (chunk for chunk in range(len(blob.grid)) if blob.has(chunk))
-        return _compare(blob, present, progress, lambda chunk, digest, _: blob.digest(chunk) == digest)
-
-
-def _compare(
-    blob: Blob, chunks: Iterable[int], progress: Progress | None, settle: Callable[[int, bytes, bool], bool]
-) -> list[int]:
-    """The bad ones of `chunks`. `settle` says whether the digest compared with is still the chunk's: it may have been fetched anew."""
     buffer = bytearray(READ_BYTES)
-    bad = []
-    for chunk in chunks:
-        digest = blob.digest(chunk)
-        if digest is None:
-            continue  # cleared since `chunks` was made
-        extent = blob.grid.extent(chunk)
-        with disk_errors(blob.path, "verifying a blob"):
+    lost = []
+    with blob.hold():
+        for chunk in blob.doubtful:
+            digest = blob.digest(chunk)
+            if digest is None:
+                continue  # cleared meanwhile
+            extent = blob.grid.extent(chunk)
             try:
                 good = extent_digest(blob.fd, extent, buffer) == digest
-            except Corrupt:
-                good = False  # the data file is too short
-        if settle(chunk, digest, good) and not good:
-            bad.append(chunk)
-        if progress is not None:
-            progress(len(extent))
-    if bad:
-        logger.warning("%d chunks of %s do not match their digests, the first: %d", len(bad), blob.id, bad[0])
-    return bad
+            except (Corrupt, OSError):
+                good = False  # the data file is too short, or the disk does not give it back
+            if blob.settle(chunk, digest, good=good) and not good:
+                lost.append(chunk)
+            if progress is not None:
+                progress(len(extent))
+    if lost:
+        logger.warning("%d chunks of %s do not match their digests, the first: %d", len(lost), blob.id, lost[0])
+    return lost

@@ -6,10 +6,10 @@ import time
 
 from manta.cli.invocation import Invocation
 from manta.cli.prefetch import INTERRUPTED, follow
-from manta.cli.render import Console, duration, plural, share, size, table
+from manta.cli.render import Console, duration, plural, rate, share, size, table
 from manta.config import parse_size
 from manta.control.client import Client, with_daemon
-from manta.control.protocol import Blob, CacheListing, CacheSelection, GcRequest, Job, Removal
+from manta.control.protocol import Blob, CacheListing, CacheSelection, GcRequest, Job, Removal, VerifyRequest
 
 
 def ls(invocation: Invocation) -> int:
@@ -57,28 +57,39 @@ def _state(blob: Blob) -> str:
 
 
 def verify(invocation: Invocation) -> int:
-    console = invocation.console
-    selection = CacheSelection(invocation.arguments.names)
+    console, arguments = invocation.console, invocation.arguments
+    request = VerifyRequest(arguments.names, full=arguments.full, repair=arguments.repair)
 
     def ask(client: Client) -> tuple[Client, Job]:
-        return client, client.verify(selection)
+        return client, client.verify(request)
 
     client, job = with_daemon(invocation.config, ask)
+    began = time.monotonic()
     try:
         job = follow(invocation, client, job)
     except KeyboardInterrupt:
-        client.cancel(job.id)
-        console.warn("stopped; nothing was changed but what was already reported as damaged")
+        job = client.cancel(job.id)
+        console.document(job)
+        console.warn("stopped; what was found damaged until then is not served any more")
         return INTERRUPTED
+    took = time.monotonic() - began
     console.document(job)
     for problem in job.problems:
         console.warn(problem)
+    looked_at = f"{plural(job.files_total, 'blob')}, {size(job.bytes_done)} in {took:.1f} s"
+    if took:
+        looked_at += f" ({rate(job.bytes_done / took)})"
     if job.state == "done":
-        console.tell(f"{plural(job.files_total, 'blob')}, {size(job.bytes_total)}: all as they were fetched.")
+        matched = "the hub's digests and their own" if request.full else "their digests"
+        console.tell(f"{looked_at}: all match {matched}.")
         return 0
-    console.warn(
-        f"{plural(len(job.problems), 'problem')} in {plural(job.files_total, 'blob')}" if job.problems else "cancelled"
-    )
+    if job.state == "cancelled":
+        console.warn(f"{looked_at}; somebody else cancelled it")
+    elif job.damaged:
+        mended = f", {job.repaired} of them fetched anew" if request.repair else ""
+        console.warn(f"{looked_at}: {plural(job.damaged, 'damaged chunk')}{mended}")
+    else:
+        console.warn(f"{looked_at}: {plural(len(job.problems), 'blob')} could not be verified")
     return 1
 
 

@@ -281,8 +281,8 @@ def _cache_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         "cache",
         prog="manta cache",
         help="list, verify, pin and remove what is cached",
-        description="What is in the cache directory. NAME is a target (ORG/NAME, ORG/NAME@COMMIT/FOLDER) or a blob id of"
-        " `manta cache ls --verbose`.",
+        description="What is in the cache directory. NAME is what `manta cache ls` shows: a target (ORG/NAME, ORG/NAME@COMMIT/FOLDER,"
+        " ORG/NAME@COMMIT/FILE) or a blob; commits and blobs may be cut short.",
     )
     parts = cache.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _common(
@@ -293,10 +293,17 @@ def _cache_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         "cache verify",
         "cache:verify",
         "compare what is cached with its digests",
-        "Reads what is cached and compares it with its digests. What is damaged is thrown away, and fetched anew when it is read."
-        " Exit code 1 when something was.",
-        "  manta cache verify\n  manta cache verify ORG/NAME",
+        "Reads what is cached and compares it with its digests, also while it is mounted and read. What is damaged is not served any"
+        " more: it is fetched anew when it is read next, or at once with --repair. Exit code 1 when something was damaged, repaired or"
+        " not.",
+        "  manta cache verify\n  manta cache verify --repair ORG/NAME\n  manta cache verify --full",
     )
+    verify.add_argument(
+        "--full",
+        action="store_true",
+        help="compare complete files with the hub's sha256 (slower) instead of their chunks with xxh3",
+    )
+    verify.add_argument("--repair", action="store_true", help="fetch anew what is damaged")
     pin = _command(
         parts,
         "cache pin",

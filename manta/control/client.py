@@ -37,6 +37,7 @@ from manta.control.protocol import (
     PrefetchRequest,
     Removal,
     Status,
+    VerifyRequest,
 )
 from manta.errors import BY_CODE, Corrupt, Denied, InUse, MantaError, NotRunning, Unavailable
 
@@ -100,8 +101,8 @@ class Client:
     def cache(self) -> CacheListing:
         return self._ask("GET", "/v1/cache", CacheListing, timeout_s=CACHE_S)
 
-    def verify(self, selection: CacheSelection) -> Job:
-        return self._ask("POST", "/v1/cache/verify", Job, selection, timeout_s=CACHE_S)
+    def verify(self, request: VerifyRequest) -> Job:
+        return self._ask("POST", "/v1/cache/verify", Job, request, timeout_s=CACHE_S)
 
     def pin(self, selection: CacheSelection) -> CacheListing:
         return self._ask("POST", "/v1/cache/pin", CacheListing, selection, timeout_s=CACHE_S)

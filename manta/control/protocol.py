@@ -11,7 +11,7 @@ Sizes are bytes, rates bytes per second, times seconds since the epoch unless th
     GET    /v1/jobs/ID                   -> Job
     DELETE /v1/jobs/ID                   -> Job           cancels it; what is fetched stays
     GET    /v1/cache                     -> CacheListing
-    POST   /v1/cache/verify CacheSelection -> Job
+    POST   /v1/cache/verify VerifyRequest -> Job
     POST   /v1/cache/pin    CacheSelection -> CacheListing
     POST   /v1/cache/unpin  CacheSelection -> CacheListing
     POST   /v1/cache/rm     CacheSelection -> Removal
@@ -142,6 +142,10 @@ class Job(msgspec.Struct, frozen=True):
     rate: float
     problems: list[str]
     """What went wrong, a sentence each, at most 100; a verify job lists the damaged blobs."""
+    damaged: int = 0
+    """Chunks that a verify job found damaged."""
+    repaired: int = 0
+    """Those of them that were fetched anew."""
 
 
 class Blob(msgspec.Struct, frozen=True):
@@ -167,6 +171,13 @@ class CacheSelection(msgspec.Struct, frozen=True):
     """Which blobs: blob ids, or targets (their newest stored snapshot). Empty means all, which rm refuses."""
 
     names: list[str] = []
+
+
+class VerifyRequest(CacheSelection, frozen=True):
+    full: bool = False
+    """Sealed blobs by the hub's digest of the whole, not by the digests of their chunks."""
+    repair: bool = False
+    """Fetch anew what is damaged."""
 
 
 class GcRequest(msgspec.Struct, frozen=True):

@@ -37,6 +37,8 @@ from manta.wire.messages import (
     Progress,
     Ready,
     ToWorker,
+    Verified,
+    Verify,
     Watch,
     decode_from_worker,
     encode,
@@ -108,6 +110,8 @@ class Workers(Protocol):
 
     async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed: ...
 
+    async def verify(self, chunks: list[tuple[int, int, bytes]], fd: int) -> Verified | Failed: ...
+
 
 class _Channel:
     """The daemon's end of a worker's socket. One task receives; any task sends."""
@@ -170,7 +174,7 @@ class _Pending:
     silence_s: float
     scope: trio.CancelScope
     answered: trio.Event = field(default_factory=trio.Event)
-    answer: Located | Fetched | Digested | Failed | None = None
+    answer: Located | Fetched | Digested | Verified | Failed | None = None
 
 
 class _Worker:
@@ -324,9 +328,15 @@ class WorkerPool:
         return answer
 
     async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed:
-        silence_s = 60 + (end - start) / 10e6  # a disk slower than 10 MB/s is stuck for our purpose
+        silence_s = _reading_s(end - start)
         answer = await self._order("digest", lambda n: Digest(n, blob, start, end, blob_size), fd, None, silence_s)
         assert isinstance(answer, Digested | Failed)
+        return answer
+
+    async def verify(self, chunks: list[tuple[int, int, bytes]], fd: int) -> Verified | Failed:
+        silence_s = _reading_s(sum(end - start for start, end, _ in chunks))
+        answer = await self._order("digest", lambda n: Verify(n, chunks), fd, None, silence_s)
+        assert isinstance(answer, Verified | Failed)
         return answer
 
     async def _order(
@@ -337,7 +347,7 @@ class WorkerPool:
         progress: OnProgress | None,
         silence_s: float,
         control: OrderControl | None = None,
-    ) -> Located | Fetched | Digested | Failed:
+    ) -> Located | Fetched | Digested | Verified | Failed:
         worker = await self._pick(role)
         number = next(self._numbers)
         if control is not None and control.cancelled:
@@ -390,6 +400,11 @@ class WorkerPool:
         raise Unavailable(
             f"No {role} worker process could be started in {START_SECONDS_MAX:.0f} s; see the daemon's log."
         )
+
+
+def _reading_s(count: int) -> float:
+    """How long a worker may read `count` bytes: a disk slower than 10 MB/s is stuck for our purpose."""
+    return 60 + count / 10e6
 
 
 def _ending(worker: _Worker) -> str:

@@ -5,6 +5,7 @@ What goes by itself when room is needed is `manta.operations.room`'s.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -24,6 +25,11 @@ from manta.model.snapshot import Snapshot
 from manta.operations.room import Room
 
 NAMES_MAX = 4
+
+SHORT_COMMIT = re.compile("[0-9a-f]{7,39}")
+"""The beginning of a commit, as `manta cache ls` shows it (12 digits) and git does (7 at least)."""
+
+SHORT_BLOB_MIN = len("git-") + 7
 
 
 class Housekeeping:
@@ -93,23 +99,43 @@ class Housekeeping:
 
     def _select_one(self, name: str) -> set[BlobId]:
         if "/" not in name:
-            blob = parse_blob_id(name)
-            if self._store.find(blob) is None:
-                raise Absent(f"{name} is not in the cache; `manta cache ls` lists what is.")
-            return {blob}
+            return {self._blob(name)}
         target = parse_target(name)
-        entries = list(self._stored(target).below(target.subfolder))
+        snapshot = self._stored(target)
+        entries = list(snapshot.below(target.subfolder))
+        if not entries and (file := snapshot.files.get(target.subfolder)) is not None:
+            entries = [file]
         if target.subfolder and not entries:
-            raise Absent(f"{target.repo} has no folder {target.subfolder!r}; a single file is named by its blob id.")
+            raise Absent(f"{target.repo}@{snapshot.commit[:12]} has no folder or file {target.subfolder!r}.")
         return {entry.blob for entry in entries if entry.blob is not None}
+
+    def _blob(self, name: str) -> BlobId:
+        """The blob with that id, or the only one whose id begins so."""
+        if len(name) >= SHORT_BLOB_MIN:
+            found = [info.id for info in self._store.listing() if str(info.id).startswith(name)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise Invalid(
+                    f"{len(found)} blobs in the cache begin with {name}: name more of the id (`manta cache ls --verbose`)."
+                )
+        parse_blob_id(name)
+        raise Absent(f"{name} is not in the cache; `manta cache ls` lists what is.")
 
     def _stored(self, target: Target) -> Snapshot:
         revision = target.revision or DEFAULT_REVISION
+        commit: Commit | None = None
         if is_commit(revision):
-            commit: Commit | None = Commit(revision)
-        else:
-            ref = self._metadata.ref(target.repo, revision)
-            commit = ref[0] if ref is not None else None
+            commit = Commit(revision)
+        elif (ref := self._metadata.ref(target.repo, revision)) is not None:
+            commit = ref[0]
+        elif SHORT_COMMIT.fullmatch(revision):
+            found = [known for known in self._metadata.snapshots(target.repo) if known.startswith(revision)]
+            if len(found) > 1:
+                raise Invalid(
+                    f"{len(found)} commits of {target.repo} in the cache begin with {revision}: name more of it."
+                )
+            commit = found[0] if found else None
         snapshot = self._metadata.snapshot(target.repo, commit) if commit is not None else None
         if snapshot is None:
             raise Absent(f"{target.repo}@{revision} is not in the cache: mount it or prefetch it first.")

@@ -12,7 +12,7 @@ from typing import Literal
 
 import trio
 
-from manta.cache.recovery import verify_chunks
+from manta.cache.inventory import BlobInfo
 from manta.cache.store import Store
 from manta.control.protocol import Job, JobState
 from manta.errors import Absent, Corrupt, InUse, MantaError
@@ -23,6 +23,7 @@ from manta.hub.catalog import Catalog
 from manta.hub.origin import Access
 from manta.model.ids import BlobId, Target
 from manta.model.snapshot import FileEntry
+from manta.operations.verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class _Job:
     files_done: int = 0
     bytes_total: int = 0
     bytes_before: Callable[[], int] = lambda: 0
+    damaged: int = 0
+    repaired: int = 0
     problems: list[str] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
     seen: int = 0
@@ -66,14 +69,14 @@ class Jobs:
         catalog: Catalog,
         fetcher: Fetcher,
         store: Store,
-        discarded: Callable[[BlobId], None],
+        verification: Verification,
         ended: Callable[[], None],
     ) -> None:
         self._nursery = nursery
         self._catalog = catalog
         self._fetcher = fetcher
         self._store = store
-        self._discarded = discarded
+        self._verification = verification
         self._ended = ended
         self._jobs: dict[str, _Job] = {}
         self._prefetching: Counter[BlobId] = Counter()
@@ -131,31 +134,25 @@ class Jobs:
         self._nursery.start_soon(self._work, job, [partial(fetch, entry) for entry in entries])
         return self._describe(job)
 
-    def verify(self, blobs: list[BlobId]) -> Job:
-        """Compares every cached chunk with its digest; a damaged one is forgotten, and fetched anew when it is read."""
+    def verify(self, blobs: list[BlobId], *, full: bool = False, repair: Access | None = None) -> Job:
+        """See `Verification.verify`. A blob that was damaged is a problem of the job, also where it was repaired."""
         job = self._start("verify", "cache")
         infos = [info for info in map(self._store.find, blobs) if info is not None]
         job.files_total, job.bytes_total = len(infos), sum(info.cached for info in infos)
         done = dict.fromkeys((info.id for info in infos), 0)
         job.bytes_before = lambda: sum(done.values())
 
-        async def verify(blob_id: BlobId, size: int) -> None:
+        async def verify(info: BlobInfo) -> None:
             def progress(count: int) -> None:
-                trio.from_thread.check_cancelled()  # between two chunks: a blob may take minutes
-                done[blob_id] += count
+                done[info.id] = min(done[info.id] + count, info.cached)
 
-            with self._store.open_blob(blob_id, size, use=False) as blob:
-                bad = await trio.to_thread.run_sync(verify_chunks, blob, progress)
-                for chunk in bad:
-                    await trio.to_thread.run_sync(blob.clear, chunk)
-                if bad:
-                    self._discarded(blob_id)
-                    raise Corrupt(
-                        f"{blob.id}: {len(bad)} of {len(blob.grid)} chunks were damaged on the disk and thrown away; they are fetched anew"
-                        " when they are read."
-                    )
+            found = await self._verification.verify(info.id, info.size, progress, full=full, repair=repair)
+            job.damaged += found.damaged
+            job.repaired += found.repaired
+            if found.sentence:
+                raise Corrupt(found.sentence)
 
-        self._nursery.start_soon(self._work, job, [partial(verify, info.id, info.size) for info in infos])
+        self._nursery.start_soon(self._work, job, [partial(verify, info) for info in infos])
         return self._describe(job)
 
     def _cached(self, entry: FileEntry) -> int:
@@ -227,4 +224,6 @@ class Jobs:
             bytes_done=done,
             rate=job.meter.rate(now) if job.state == "running" else 0.0,
             problems=list(job.problems),
+            damaged=job.damaged,
+            repaired=job.repaired,
         )

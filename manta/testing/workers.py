@@ -30,12 +30,26 @@ import trio
 from manta.cache.digests import chunk_digest
 from manta.errors import MantaError
 from manta.fetch.workers import OnProgress, OrderControl
-from manta.wire.messages import Cancel, Digest, Digested, Failed, Fetch, Fetched, Locate, Located, Reason, Watch
+from manta.wire.messages import (
+    Cancel,
+    Digest,
+    Digested,
+    Failed,
+    Fetch,
+    Fetched,
+    Locate,
+    Located,
+    Reason,
+    Verified,
+    Verify,
+    Watch,
+)
 from manta.worker.digester import Digester
 from manta.worker.failure import OrderFailed, disk_failure
+from manta.worker.verifier import verify
 
-Kind = Literal["locate", "fetch", "digest"]
-Order = Locate | Fetch | Digest
+Kind = Literal["locate", "fetch", "digest", "verify"]
+Order = Locate | Fetch | Digest | Verify
 
 SECRET = "x-secret-signature"
 """Is in every location's URL: what people read must not hold it."""
@@ -220,6 +234,17 @@ class FakeWorkers:
                 return self._digester.advance(order, fd)
             except OrderFailed as e:
                 return Failed(number, e.reason, e.message)
+
+    async def verify(self, chunks: list[tuple[int, int, bytes]], fd: int) -> Verified | Failed:
+        number = next(self._numbers)
+        order = Verify(number, chunks)
+        with _Counted(self, order):
+            await trio.lowlevel.checkpoint()
+            if (fault := self._struck("verify", order)) is not None:
+                await fault.strike()
+                if isinstance(fault.answer, Failed):
+                    return _numbered(fault.answer, number)
+            return verify(order, fd)
 
     # -----------------------------------------------------------------------------------------------------------------
 

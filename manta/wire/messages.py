@@ -69,6 +69,12 @@ class Digest(Message, frozen=True, tag="digest"):
     blob_size: int
 
 
+class Verify(Message, frozen=True, tag="verify"):
+    """Compare chunks of the cache file (descriptor comes along): start, end and xxh3-128 of each. -> Verified | Failed."""
+
+    chunks: list[tuple[int, int, bytes]]
+
+
 class Cancel(Message, frozen=True, tag="cancel"):
     """Stop working on `order`; it is answered Failed unless it had ended."""
 
@@ -115,6 +121,12 @@ class Digested(Message, frozen=True, tag="digested"):
     hex: str
 
 
+class Verified(Message, frozen=True, tag="verified"):
+    """`damaged` are the starts of the chunks that are not as they were, each with a clause that says how."""
+
+    damaged: list[tuple[int, str]]
+
+
 Reason = Literal["absent", "denied", "throttled", "unavailable", "corrupt", "no_space", "cache_broken", "cancelled"]
 """Why an order failed: the codes of `manta.errors`, and `cancelled`."""
 
@@ -132,8 +144,8 @@ class Failed(Message, frozen=True, tag="failed"):
     """No connection came about, or nothing at all was said on it: the host may be down, see `manta.hub.circuit`."""
 
 
-ToWorker = Locate | Fetch | Watch | Digest | Cancel
-FromWorker = Ready | Located | Progress | Fetched | Digested | Failed
+ToWorker = Locate | Fetch | Watch | Digest | Verify | Cancel
+FromWorker = Ready | Located | Progress | Fetched | Digested | Verified | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 from manta.wire.channel import Closed, receive_nowait, send_nowait
 from manta.wire.messages import (
@@ -32,12 +33,15 @@ from manta.wire.messages import (
     Progress,
     Ready,
     ToWorker,
+    Verified,
+    Verify,
     Watch,
     decode_to_worker,
     encode,
 )
 from manta.worker.digester import Digester
 from manta.worker.failure import OrderFailed
+from manta.worker.verifier import verify
 
 if TYPE_CHECKING:
     from manta.worker.origin import OriginClient
@@ -135,7 +139,7 @@ class _Worker:
     def _forget(self, number: int, _task: asyncio.Task[None]) -> None:
         self._tasks.pop(number, None)
 
-    async def _run(self, order: Locate | Fetch | Digest, fd: int | None) -> None:
+    async def _run(self, order: Locate | Fetch | Digest | Verify, fd: int | None) -> None:
         try:
             answer: Message = await self._carry_out(order, fd)
         except asyncio.CancelledError:
@@ -152,7 +156,9 @@ class _Worker:
         except ValueError:  # larger than a message may be: an origin can make its headers so
             self._link.send(Failed(order.order, "unavailable", "was answered with more than an answer may hold"))
 
-    async def _carry_out(self, order: Locate | Fetch | Digest, fd: int | None) -> Located | Fetched | Digested:
+    async def _carry_out(
+        self, order: Locate | Fetch | Digest | Verify, fd: int | None
+    ) -> Located | Fetched | Digested | Verified:
         match order:
             case Locate():
                 return await self._online().locate(order)
@@ -163,23 +169,31 @@ class _Worker:
                 )
             case Digest():
                 assert fd is not None
-                return await self._digest(order, fd)
+                return await _in_thread(self._digester.advance, order, fd)
+            case Verify():
+                assert fd is not None
+                return await _in_thread(verify, order, fd)
             case _:
                 assert_never(order)
-
-    async def _digest(self, order: Digest, fd: int) -> Digested:
-        digesting = asyncio.ensure_future(asyncio.to_thread(self._digester.advance, order, fd))
-        try:
-            return await asyncio.shield(digesting)
-        except asyncio.CancelledError:
-            # The thread cannot be stopped, and must not read from a descriptor that is another file's by then.
-            await asyncio.wait([digesting])
-            raise
 
     def _online(self) -> OriginClient:
         if self._origin is None:
             raise OrderFailed("unavailable", "reached a worker that only digests")
         return self._origin
+
+
+_Order = TypeVar("_Order", Digest, Verify)
+_Answer = TypeVar("_Answer", Digested, Verified)
+
+
+async def _in_thread(work: Callable[[_Order, int], _Answer], order: _Order, fd: int) -> _Answer:
+    working = asyncio.ensure_future(asyncio.to_thread(work, order, fd))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        # The thread cannot be stopped, and must not read from a descriptor that is another file's by then.
+        await asyncio.wait([working])
+        raise
 
 
 async def _serve(role: str, sock: socket.socket) -> None:

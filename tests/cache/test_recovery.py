@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from manta.cache import recovery
-from manta.cache.digests import extent_digest
-from manta.cache.recovery import current_boot_id, scan, settle_doubtful, verify_chunks
+from manta.cache.recovery import current_boot_id, scan, settle_doubtful
 from manta.cache.store import Blob, Store
 from manta.errors import CacheBroken
 from manta.model.extents import Extent
@@ -193,70 +192,3 @@ def test_a_chunk_fetched_while_it_is_settled_is_kept(tmp_path: Path) -> None:
 
         assert settle_doubtful(blob, fetch_meanwhile) == []
         assert blob.complete
-
-
-# manta cache verify --------------------------------------------------------------------------------------------------
-
-
-def test_verification_names_damaged_chunks_and_changes_nothing(blob: Blob) -> None:
-    fetch(blob, DATA)
-    blob.seal()
-    checked: list[int] = []
-    assert verify_chunks(blob, checked.append) == []
-    assert sum(checked) == 1000
-    damage(blob, 2, 15)
-    seals = []
-    assert verify_chunks(blob) == [2, 15]
-    seals.append(blob.sealed)
-    for chunk in (2, 15):
-        blob.clear(chunk)
-    assert blob.missing(ALL) == [2, 15]
-    seals.append(blob.sealed)
-    assert seals == [True, False]
-    fetch(blob, DATA, 2, 15)
-    assert verify_chunks(blob) == []
-
-
-def test_only_what_is_present_is_verified(blob: Blob) -> None:
-    fetch(blob, DATA, 4)
-    checked: list[int] = []
-    assert verify_chunks(blob, checked.append) == []
-    assert checked == [CHUNK]
-
-
-def test_a_data_file_that_was_cut_is_damage(blob: Blob) -> None:
-    fetch(blob, DATA)
-    os.truncate(blob.path, 14 * CHUNK + 5)
-    assert verify_chunks(blob) == [14, 15]
-
-
-def test_a_blob_that_is_closed_meanwhile_stays_open_for_the_verification(tmp_path: Path) -> None:
-    with opened(tmp_path) as store:
-        blob = store.open_blob(BLOB, 1000)
-        fetch(blob, DATA)
-
-        def close_once(_: int) -> None:
-            closed.append(1)
-            if len(closed) == 1:
-                blob.close()
-
-        closed: list[int] = []
-        assert verify_chunks(blob, close_once) == []
-        assert len(closed) == 16
-        info = store.find(BLOB)
-        assert info is not None
-        assert not info.in_use
-
-
-def test_a_chunk_fetched_anew_while_it_is_verified_is_no_damage(blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch(blob, DATA)
-    honest = extent_digest
-
-    def slow_digest(fd: int, extent: Extent, buffer: bytearray) -> bytes:
-        found = honest(fd, extent, buffer)
-        if extent.start == CHUNK and blob.digest(1) is not None:
-            blob.clear(1)
-        return b"what was there" if extent.start == CHUNK else found
-
-    monkeypatch.setattr(recovery, "extent_digest", slow_digest)
-    assert verify_chunks(blob) == []

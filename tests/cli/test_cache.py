@@ -41,12 +41,28 @@ def test_verify(manta: Manta, daemon: FakeDaemon) -> None:
     daemon.jobs = [job("running", 0, name="cache", kind="verify"), job("done", 1000, name="cache", kind="verify")]
     done = manta("cache", "verify")
     assert done.code == 0, done.err
-    assert daemon.asked("POST", "/v1/cache/verify")[0].body == {"names": []}
-    assert "all as they were fetched" in done.out
-    daemon.jobs = [job("failed", 1000, name="cache", kind="verify", problems=["sha256-a: 1 of 2 chunks were damaged."])]
+    assert daemon.asked("POST", "/v1/cache/verify")[0].body == {"names": [], "full": False, "repair": False}
+    assert done.out.startswith("2 blobs, 1.0 kB in ")
+    assert "all match their digests" in done.out
+
+
+def test_verify_says_what_is_damaged_and_what_became_of_it(manta: Manta, daemon: FakeDaemon) -> None:
+    found = "org/name/a: chunk 1 of 2 does not match its digest. It is not served any more."
+    daemon.jobs = [job("failed", 1000, name="cache", kind="verify", problems=[found], damaged=1)]
     done = manta("cache", "verify", "org/name")
     assert done.code == 1
-    assert "1 of 2 chunks were damaged" in done.err
+    assert found in done.err
+    assert done.err.endswith(": 1 damaged chunk\n")
+    daemon.jobs = [job("failed", 1000, name="cache", kind="verify", problems=[found], damaged=3, repaired=2)]
+    done = manta("cache", "verify", "--full", "--repair", "org/name", "--json")
+    assert (done.code, done.json["damaged"], done.json["repaired"]) == (1, 3, 2)
+    assert daemon.requests[-1].body == {"names": ["org/name"], "full": True, "repair": True}
+    assert "3 damaged chunks, 2 of them fetched anew" in done.err
+    daemon.jobs = [job("failed", 1000, name="cache", kind="verify", problems=["a could not be verified: it hung."])]
+    assert "1 blob could not be verified" in manta("cache", "verify").err
+    daemon.jobs = [job("cancelled", 500, name="cache", kind="verify")]
+    done = manta("cache", "verify")
+    assert (done.code, "somebody else cancelled it" in done.err) == (1, True)
 
 
 def test_pin_and_unpin(manta: Manta, daemon: FakeDaemon) -> None:

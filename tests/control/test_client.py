@@ -18,7 +18,16 @@ import pytest
 from manta.config import CacheConfig, Config, DaemonConfig
 from manta.control import client as module
 from manta.control.client import Client, connect, ensure_daemon, with_daemon
-from manta.control.protocol import CacheListing, CacheSelection, GcRequest, Job, MountRequest, PrefetchRequest, Status
+from manta.control.protocol import (
+    CacheListing,
+    CacheSelection,
+    GcRequest,
+    Job,
+    MountRequest,
+    PrefetchRequest,
+    Status,
+    VerifyRequest,
+)
 from manta.errors import Absent, CacheBroken, Corrupt, Denied, InUse, MantaError, NotRunning, Throttled, Unavailable
 from tests.cli.fake_daemon import COMMIT, FakeDaemon, blob
 
@@ -53,7 +62,7 @@ def test_every_call_asks_what_the_protocol_says(daemon: FakeDaemon) -> None:
     daemon.listing = CacheListing([blob()], 1000, 0)
     assert client.cache().blobs == [blob()]
     assert client.pin(CacheSelection(["org/name"])).blobs == client.unpin(CacheSelection([])).blobs
-    assert isinstance(client.verify(CacheSelection()), Job)
+    assert isinstance(client.verify(VerifyRequest()), Job)
     assert client.remove(CacheSelection(["org/name"])) == client.collect(GcRequest(5, dry_run=True))
     assert isinstance(client.shutdown(), Status)
     assert [str(request) for request in daemon.requests] == [

@@ -30,6 +30,7 @@ from manta.control.protocol import (
     PrefetchRequest,
     Removal,
     Status,
+    VerifyRequest,
 )
 from manta.control.server import ControlServer
 from manta.errors import BY_CODE, Absent, Corrupt, Denied, Invalid, MantaError, NoSpace, Throttled, Unavailable
@@ -114,8 +115,8 @@ class ScriptedService:
     async def cache(self) -> CacheListing:
         return await self._say(LISTING, "cache")
 
-    async def verify(self, selection: CacheSelection) -> Job:
-        return await self._say(JOB, "verify", selection)
+    async def verify(self, request: VerifyRequest) -> Job:
+        return await self._say(JOB, "verify", request)
 
     async def pin(self, selection: CacheSelection) -> CacheListing:
         return await self._say(LISTING, "pin", selection)
@@ -182,7 +183,7 @@ CALLS: list[tuple[Callable[[Client], object], object, tuple[object, ...]]] = [
     (lambda c: c.job("7"), JOB, ("job", "7")),
     (lambda c: c.cancel("7"), JOB, ("cancel", "7")),
     (lambda c: c.cache(), LISTING, ("cache",)),
-    (lambda c: c.verify(CacheSelection()), JOB, ("verify", CacheSelection())),
+    (lambda c: c.verify(VerifyRequest()), JOB, ("verify", VerifyRequest())),
     (lambda c: c.pin(SELECTION), LISTING, ("pin", SELECTION)),
     (lambda c: c.unpin(SELECTION), LISTING, ("unpin", SELECTION)),
     (lambda c: c.remove(SELECTION), REMOVAL, ("remove", SELECTION)),

@@ -19,6 +19,7 @@ from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.mounts import Mounted, Mounts
 from manta.operations.room import Room
+from manta.operations.verification import Verification
 from tests.fs.fakes import ACCESS, Blobs, MemoryHub, fetching
 
 
@@ -39,7 +40,8 @@ class Node:
         self._one_ended = trio.Event()
         self.discarded: list[BlobId] = []
         self.mounts = Mounts(self.catalog, store, root, lambda mounted: self.gone.append(mounted.id))
-        self.jobs = Jobs(nursery, self.catalog, blobs.fetcher, store, self.discarded.append, self._count_ended)
+        verification = Verification(store, self.metadata, hub.workers, blobs.fetcher, self.discarded.append)
+        self.jobs = Jobs(nursery, self.catalog, blobs.fetcher, store, verification, self._count_ended)
         self.housekeeping = self.housekeeping_with(CacheConfig())
 
     def housekeeping_with(self, config: CacheConfig) -> Housekeeping:
@@ -73,6 +75,15 @@ class Node:
         job = await self.end_of(await self.jobs.prefetch(parse_target(target), ACCESS))
         assert job.state == "done", job.problems
         return job
+
+    def damage(self, blob: BlobId | None, at: int) -> None:
+        """Flips the byte `at` of a blob in its data file."""
+        assert blob is not None
+        with self.store.layout.data(blob).open("r+b") as file:
+            file.seek(at)
+            [byte] = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ 0xFF]))
 
     def cached(self, blob: BlobId | None) -> int:
         """How many bytes of a blob are in the cache."""

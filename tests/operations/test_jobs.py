@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
 from pathlib import Path
 
 import pytest
 import trio
 
-from manta.cache.digests import extent_digest
-from manta.cache.recovery import verify_chunks
-from manta.cache.store import Blob
 from manta.errors import Absent, Denied, InUse
 from manta.fetch.sources import Provenance
 from manta.model.ids import parse_target
 from manta.operations import jobs as jobs_module
 from manta.operations.jobs import FILES_AT_ONCE, KEPT_SECONDS, PROBLEMS_MAX, RUNNING_MAX
 from manta.testing.workers import failed
-from manta.wire.messages import Fetch
+from manta.wire.messages import Fetch, Verify
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, content
-from tests.operations.node import Node, node
+from tests.operations.node import node
 
 BIG = content(10 * CHUNK, seed=1)
 SMALL = content(100, seed=2)
@@ -208,13 +204,6 @@ async def test_the_rate_is_of_what_comes_and_not_of_what_was_there(
 # Verifying -----------------------------------------------------------------------------------------------------------
 
 
-def damage(n: Node, at: int) -> None:
-    assert BIG_BLOB is not None
-    with n.store.layout.data(BIG_BLOB).open("r+b") as file:
-        file.seek(at)
-        file.write(bytes([BIG[at] ^ 0xFF]))
-
-
 @pytest.mark.trio
 async def test_a_verification_finds_nothing_where_all_is_well(tmp_path: Path, hub: MemoryHub) -> None:
     async with node(tmp_path, hub) as n:
@@ -227,29 +216,22 @@ async def test_a_verification_finds_nothing_where_all_is_well(tmp_path: Path, hu
 
 
 @pytest.mark.trio
-async def test_a_verification_throws_a_flipped_byte_away_and_the_rest_stays(tmp_path: Path, hub: MemoryHub) -> None:
+async def test_a_damaged_blob_is_a_problem_also_where_it_was_repaired(tmp_path: Path, hub: MemoryHub) -> None:
     async with node(tmp_path, hub) as n:
         await n.fetch("org/name")
-        damage(n, 3 * CHUNK + 17)
-        done = await n.end_of(n.jobs.verify([info.id for info in n.store.listing()]))
-        assert done.state == "failed"
-        assert done.problems == [
-            f"{BIG_BLOB}: 1 of 10 chunks were damaged on the disk and thrown away; they are fetched anew when they are read."
-        ]
-        assert n.discarded == [BIG_BLOB]
-        assert n.cached(BIG_BLOB) == len(BIG) - CHUNK
-        sent = hub.workers.bytes_sent
-        await n.fetch("org/name")
-        assert hub.workers.bytes_sent == sent + CHUNK
-        assert BIG_BLOB is not None
-        assert n.store.layout.data(BIG_BLOB).read_bytes() == BIG
+        for repair in (None, ACCESS):
+            n.damage(BIG_BLOB, 3 * CHUNK + 17)
+            done = await n.end_of(n.jobs.verify([info.id for info in n.store.listing()], repair=repair))
+            assert (done.state, done.damaged, done.repaired) == ("failed", 1, 1 if repair else 0)
+            assert len(done.problems) == 1
+            await n.fetch("org/name")
 
 
 @pytest.mark.trio
 async def test_a_verification_looks_at_what_was_asked_for(tmp_path: Path, hub: MemoryHub) -> None:
     async with node(tmp_path, hub) as n:
         await n.fetch("org/name")
-        damage(n, 0)
+        n.damage(BIG_BLOB, 0)
         assert SMALL_BLOB is not None
         assert BIG_BLOB is not None
         assert (await n.end_of(n.jobs.verify([SMALL_BLOB]))).state == "done"
@@ -260,48 +242,34 @@ async def test_a_verification_looks_at_what_was_asked_for(tmp_path: Path, hub: M
 
 
 @pytest.mark.trio
-async def test_a_cancelled_verification_ends_with_the_chunk_it_is_at(
-    tmp_path: Path, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A blob may take minutes, and a daemon that leaves must not wait for it."""
-    looked, go_on = threading.Event(), threading.Event()
-    checked = 0
-
-    def slow(*arguments: object) -> bytes:
-        nonlocal checked
-        checked += 1
-        looked.set()
-        assert go_on.wait(30)
-        return extent_digest(*arguments)  # type: ignore[arg-type]
-
+async def test_a_cancelled_verification_ends_with_the_order_it_is_at(tmp_path: Path, hub: MemoryHub) -> None:
+    held = hub.workers.fault("verify", hold=True)
     async with node(tmp_path, hub) as n:
         await n.fetch("org/name/copy")
-        monkeypatch.setattr("manta.cache.recovery.extent_digest", slow)
         assert BIG_BLOB is not None
         job = n.jobs.verify([BIG_BLOB])
-        await trio.to_thread.run_sync(looked.wait, 30)
+        await held.reached.wait()
         n.jobs.cancel(job.id)
-        go_on.set()
-        assert (await n.end_of(job)).state == "cancelled"
-        assert checked < 10
+        ended = await n.end_of(job)
+        assert (ended.state, ended.bytes_done) == ("cancelled", 0)
         assert all(not info.in_use for info in n.store.listing())
 
 
 @pytest.mark.trio
 async def test_a_blob_that_cannot_be_verified_is_a_problem_and_the_others_are_verified(
-    tmp_path: Path, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hub: MemoryHub
 ) -> None:
-    def verify(blob: Blob, progress: object) -> list[int]:
-        if blob.id == SMALL_BLOB:
-            raise OSError("a disk that no one wrapped")
-        return verify_chunks(blob, progress)  # type: ignore[arg-type]
-
+    hub.workers.fault("verify", failed("unavailable", "its worker process ended"), where=_of_small)
     async with node(tmp_path, hub) as n:
         await n.fetch("org/name")
-        monkeypatch.setattr("manta.operations.jobs.verify_chunks", verify)
         done = await n.end_of(n.jobs.verify([info.id for info in n.store.listing()]))
-        assert (done.state, done.files_done) == ("failed", 2)
+        assert (done.state, done.files_done, done.damaged) == ("failed", 2, 0)
+        assert done.problems == [f"{SMALL_BLOB} could not be verified: its worker process ended. Try again."]
         assert done.bytes_done == len(BIG)
+
+
+def _of_small(order: object) -> bool:
+    return isinstance(order, Verify) and order.chunks[0][1] == len(SMALL)
 
 
 # What is kept --------------------------------------------------------------------------------------------------------
