@@ -12,12 +12,14 @@ import os
 import select
 import sys
 import time
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
 
 import trio
 
 from manta import __version__
+from manta.cache import descriptors
 from manta.cache.metadata import MetadataStore
 from manta.cache.pins import Pins
 from manta.cache.store import Store
@@ -283,21 +285,22 @@ class Daemon:
 
     def _mount_gone(self, mounted: Mounted) -> None:
         """Nobody asked for the whole of its files any more, unless another mount shows them."""
-        shown = self._mounted_blobs()
-        for entry in mounted.scope.files():
-            if entry.blob is not None and entry.blob not in shown:
-                self._fetcher.stop_background(str(entry.blob))
+        shown = self._mounts.blobs()
+        for transfer in list(self._fetcher.active):
+            blob = transfer.blob.id
+            if blob not in shown and any(blob in snapshot.contents.blobs for snapshot in mounted.scope.held.values()):
+                self._fetcher.stop_background(str(blob))
         if self._session is not None and not self._direct:
             self._nursery.start_soon(self._session.forget_name, mounted.id, self._filesystem.number(mounted.root))
         self._stir()
+
+    def _mounted_blobs(self) -> Container[BlobId]:
+        return self._mounts.blobs()
 
     def _forget_pages(self, blob: BlobId) -> None:
         """What the kernel has cached of a blob may be wrong: it must ask again."""
         if self._session is not None:
             self._nursery.start_soon(self._session.forget_pages, inode_number(blob_key(blob)))
-
-    def _mounted_blobs(self) -> set[BlobId]:
-        return {entry.blob for entry in self._mounts.files() if entry.blob is not None}
 
     # What the filesystem needs ---------------------------------------------------------------------------------------
 
@@ -315,10 +318,7 @@ class Daemon:
         return (info.cached, info.sealed) if info is not None else (0, False)
 
     def totals(self) -> tuple[int, int]:
-        size = files = 0
-        for entry in self._mounts.files():
-            size, files = size + entry.size, files + 1
-        return size, files
+        return self._mounts.totals()
 
     def _count_read(self, count: int) -> None:
         self._read_bytes += count
@@ -519,7 +519,11 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
         config.make_instance_dir()
         with (
             contextlib.ExitStack() as end,
-            Store(config.cache.dir, journal=config.instance_dir / "condemned.json") as store,
+            Store(
+                config.cache.dir,
+                descriptors_max=descriptors.allowance(),
+                journal=config.instance_dir / "condemned.json",
+            ) as store,
         ):
             daemon = Daemon(config, store, ephemeral)
             # Outside of the store too: a disk may be slow to close it.

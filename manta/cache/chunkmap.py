@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from manta.cache.descriptors import CacheFile, Descriptors
 from manta.cache.digests import DIGEST_BYTES
 from manta.cache.disk import disk_error, disk_errors, fsync_directory, pwrite_all
 from manta.errors import Corrupt, MantaError
@@ -131,9 +132,10 @@ def decode_header(data: bytes, file_bytes: int) -> Header:
 class ChunkMap:
     """The chunk map of one blob: a mirror in memory, which answers, and its file, which survives."""
 
-    def __init__(self, path: Path, header: Header, boot_id: bytes) -> None:
+    def __init__(self, path: Path, header: Header, boot_id: bytes, file: CacheFile) -> None:
         """Use `create` or `load`."""
         self.path = path
+        self._file = file
         self.blob = header.blob
         self.grid = header.grid
         self._boot_id = boot_id
@@ -145,37 +147,41 @@ class ChunkMap:
         self._prefix = 0
         self._generation = 0
         self._seed = zlib.crc32(header.encode()[16:72])
-        self._fd = -1
-        self._closed = False
-        self._abandoned = False
         self._condemned = False
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, path: Path, blob: BlobId, grid: ChunkGrid, boot_id: bytes) -> Self:
+    def create(
+        cls, path: Path, blob: BlobId, grid: ChunkGrid, boot_id: bytes, descriptors: Descriptors | None = None
+    ) -> Self:
         """A new map in which no chunk is present, instead of any file at `path`. Raises NoSpace and CacheBroken."""
-        created = cls(path, Header(blob, grid, boot_id, sealed=False), boot_id)
+        header = Header(blob, grid, boot_id, sealed=False)
         with disk_errors(path, "creating a chunk map"):
             # Not O_TRUNC: a peer server that still has the old file mapped would get SIGBUS.
             path.unlink(missing_ok=True)
-            created._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _reserve(created._fd, map_bytes(grid))
-                pwrite_all(created._fd, created._header.encode(), 0)
+                _reserve(fd, map_bytes(grid))
+                pwrite_all(fd, header.encode(), 0)
             except OSError:
-                created.close()
+                os.close(fd)
                 path.unlink(missing_ok=True)
                 raise
-        return created
+        return cls(path, header, boot_id, CacheFile(descriptors or Descriptors(1), path, fd))
 
     @classmethod
-    def load(cls, path: Path, blob: BlobId, grid: ChunkGrid, boot_id: bytes) -> Self | None:
+    def load(
+        cls, path: Path, blob: BlobId, grid: ChunkGrid, boot_id: bytes, descriptors: Descriptors | None = None
+    ) -> Self | None:
         """The map at `path`, or None where there is none or it is not the map of `blob` in `grid`, which is logged: the caller starts anew.
 
         Reads the whole file: about 9 ms for 100 GiB. Raises NoSpace and CacheBroken.
         """
         try:
-            data = path.read_bytes()
+            file = CacheFile(descriptors or Descriptors(1), path)
+            with file.used() as fd:
+                data = os.pread(fd, os.fstat(fd).st_size, 0)
+            file.rest()  # a sealed blob's map is never written, and thousands of them may be in use
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -188,8 +194,9 @@ class ChunkMap:
             logger.warning(
                 "The chunk map %s is worthless: %s. What it described is fetched again.", path, reason.message
             )
+            file.close()
             return None
-        loaded = cls(path, header, boot_id)
+        loaded = cls(path, header, boot_id, file)
         loaded._adopt(data)
         return loaded
 
@@ -372,31 +379,23 @@ class ChunkMap:
         `generation` is what it was before the digest was begun. Raises Corrupt where a chunk is or was absent since then, NoSpace and
         CacheBroken.
         """
-        with self._lock, disk_errors(self.path, "sealing a blob"):
-            fd = self._opened()
-        # No lock around an fsync: the daemon's trio thread may want to record or clear.
-        with disk_errors(self.path, "sealing a blob"):
+        with disk_errors(self.path, "sealing a blob"), self._file.used(writing=True) as fd:
+            # No lock around an fsync: the daemon's trio thread may want to record or clear.
             os.fsync(fd)
-        with self._lock, disk_errors(self.path, "sealing a blob"):
-            if generation != self._generation or not self.complete:
-                raise Corrupt(f"{self.blob} lost a chunk while it was being sealed. It will be fetched again.")
-            self._write_header(Header(self.blob, self.grid, self._boot_id, sealed=True))
-        with disk_errors(self.path, "sealing a blob"):
+            with self._lock:
+                if generation != self._generation or not self.complete:
+                    raise Corrupt(f"{self.blob} lost a chunk while it was being sealed. It will be fetched again.")
+                self._write_header(Header(self.blob, self.grid, self._boot_id, sealed=True))
             os.fsync(fd)
 
     def abandon(self) -> None:
         """The directory was removed and is made anew: what is at `path` from now on is another map. Changes fail, or go into the file that
         has no name any more."""
-        with self._lock:
-            self._abandoned = True
+        self._file.abandon()
 
     def close(self) -> None:
         """Closes the file for good. The mirror still answers; a change raises ValueError: the directory may be another daemon's by then."""
-        with self._lock:
-            self._closed = True
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+        self._file.close()
 
     # With the lock held --------------------------------------------------------------------------------------------------
 
@@ -410,18 +409,9 @@ class ChunkMap:
     def _entry_at(self, chunk: int) -> int:
         return self._header.entries_at + chunk * ENTRY_BYTES
 
-    def _opened(self) -> int:
-        if self._closed:
-            raise ValueError(f"the chunk map of {self.blob} is closed")
-        if self._fd < 0:
-            if self._abandoned:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            # On demand: a sealed blob's map is never written, and thousands of them may be open.
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        return self._fd
-
     def _write(self, data: bytes, at: int) -> None:
-        pwrite_all(self._opened(), data, at)
+        with self._file.used(writing=True) as fd:
+            pwrite_all(fd, data, at)
 
     def _write_bit(self, chunk: int, *, present: bool) -> None:
         byte, bit = chunk >> 3, 1 << (chunk & 7)
@@ -436,8 +426,8 @@ class ChunkMap:
     def _digest(self, chunk: int) -> bytes | None:
         if not self._bitmap[chunk >> 3] >> (chunk & 7) & 1:
             return None
-        with disk_errors(self.path, "reading a chunk map"):
-            entry = os.pread(self._opened(), ENTRY_BYTES, self._entry_at(chunk))
+        with disk_errors(self.path, "reading a chunk map"), self._file.used() as fd:
+            entry = os.pread(fd, ENTRY_BYTES, self._entry_at(chunk))
         return entry[:DIGEST_BYTES] if self._checks(chunk, entry) else None
 
     def _advanced(self, prefix: int) -> int:
@@ -472,7 +462,7 @@ class ChunkMap:
         try:
             yield
         except MantaError:
-            if not (self._closed or self._abandoned):
+            if self._file.ours:
                 try:
                     remove_map(self.path)
                 except OSError:
@@ -484,7 +474,8 @@ class ChunkMap:
         if self._header.sealed:
             with disk_errors(self.path, "breaking a seal"):
                 self._write_header(Header(self.blob, self.grid, self._header.boot_id, sealed=False))
-                os.fsync(self._opened())
+                with self._file.used(writing=True) as fd:
+                    os.fsync(fd)
 
     def _settle_boot_id(self) -> None:
         if not self._doubtful and self._header.boot_id != self._boot_id:

@@ -36,6 +36,9 @@ class Inventory:
         self._blobs = {blob.id: blob for blob in blobs}
         self._cached = sum(blob.cached for blob in self._blobs.values())
 
+    def __len__(self) -> int:
+        return len(self._blobs)
+
     @property
     def cached_bytes(self) -> int:
         """Bytes of all blobs' chunks on the disk."""

@@ -127,7 +127,8 @@ def settle_doubtful(blob: Blob, progress: Progress | None = None) -> list[int]:
                 continue  # cleared meanwhile
             extent = blob.grid.extent(chunk)
             try:
-                good = extent_digest(blob.fd, extent, buffer) == digest
+                with blob.descriptor() as fd:
+                    good = extent_digest(fd, extent, buffer) == digest
             except (Corrupt, OSError):
                 good = False  # the data file is too short, or the disk does not give it back
             if blob.settle(chunk, digest, good=good) and not good:

@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from typing import Self
 from manta.cache import recovery
 from manta.cache.chunkmap import ChunkMap
 from manta.cache.condemned import Condemned
+from manta.cache.descriptors import IDLE_MAX, CacheFile, Descriptors
 from manta.cache.disk import disk_error, disk_errors, fsync_directory
 from manta.cache.inventory import BlobInfo, Inventory
 from manta.cache.layout import DOOMED_SUFFIX, Layout
@@ -43,44 +44,40 @@ class Blob:
     Presence is what the daemon recorded: bytes are readable where `has` says so. Sizes and offsets are bytes.
     """
 
-    def __init__(self, store: Store, fd: int, chunk_map: ChunkMap, path: Path, read_only: bool) -> None:
+    def __init__(self, store: Store, file: CacheFile, chunk_map: ChunkMap) -> None:
         """Use `Store.open_blob`."""
         self.id = chunk_map.blob
         self.grid = chunk_map.grid
         self.size = chunk_map.grid.size
-        self.path = path
+        self.path = file.path
         """The data file, for messages."""
         self._store = store
-        self._fd = fd
+        self._file = file
+        self._pinned: int | None = None
         self._map = chunk_map
-        self._read_only = read_only
         self._holders = 1
         self._used = True
         self._noting = threading.Lock()
         self._sealing = threading.Lock()
 
+    @contextmanager
+    def descriptor(self, *, writing: bool = False) -> Iterator[int]:
+        """The data file, for reading or also for writing inside the `with`. Raises ValueError where the blob is closed; NoSpace, and
+        CacheBroken, also while the disk is read-only and it is for writing."""
+        with disk_errors(self.path, "opening a blob"):
+            fd = self._file.take(writing=writing)
+        try:
+            yield fd
+        finally:
+            self._file.give_back()
+
     @property
     def fd(self) -> int:
-        """The data file, open for reading until the last `close`. Raises ValueError after that."""
-        if self._fd < 0:
-            raise ValueError(f"{self.id} is closed")
-        return self._fd
-
-    def writable_fd(self) -> int:
-        """`fd`, open for writing too. Raises CacheBroken while the disk is read-only."""
-        fd = self.fd
-        if self._read_only:
-            with disk_errors(self.path, "opening a blob for writing"):
-                writable = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    if not os.path.samestat(os.fstat(writable), os.fstat(fd)):
-                        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-                    # In place, under the number that readers have.
-                    os.dup2(writable, fd, inheritable=False)
-                finally:
-                    os.close(writable)
-            self._read_only = False
-        return fd
+        """As `descriptor`, for reading and, where the disk lets us, writing, but from now on until the last `close`."""
+        if self._pinned is None:
+            with disk_errors(self.path, "opening a blob"):
+                self._pinned = self._file.take()
+        return self._pinned
 
     def has(self, chunk: int) -> bool:
         """Whether `chunk` may be read."""
@@ -171,11 +168,10 @@ class Blob:
         `generation` is what it was before that digest was begun (None: what it is now). Raises Corrupt where a chunk is or went missing;
         NoSpace and CacheBroken, and where it was the data that the disk did not take, every chunk is missing after that.
         """
-        with self.hold(), self._sealing:
+        with self.hold(), self._sealing, self.descriptor() as fd:
             if self.sealed:
                 return
             generation = self.generation if generation is None else generation
-            fd = self.fd
             try:
                 os.fdatasync(fd)
             except OSError as error:
@@ -206,6 +202,11 @@ class Blob:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            self._pinned = None
+            self._file.give_back()
+
     def _note(self) -> None:
         # Looked up under the lock, so that of two threads the later writes the later number.
         with self._noting:
@@ -220,11 +221,13 @@ class Store:
         directory: Path,
         *,
         chunk_size: int = CHUNK_SIZE,
+        descriptors_max: int = IDLE_MAX,
         journal: Path | None = None,
         boot_id: bytes | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """SLOW: locks and prepares the directory, and scans it. `journal` is a file on another disk, see `manta.cache.condemned`;
+        """SLOW: locks and prepares the directory, and scans it. `descriptors_max`: cache files kept open while nobody uses them.
+        `journal` is a file on another disk, see `manta.cache.condemned`;
         `boot_id` (None: the kernel's) and `clock` (epoch seconds) are for tests.
 
         Raises InUse where another daemon has the directory, Invalid where it is none of ours, NoSpace, and CacheBroken where it cannot be
@@ -236,6 +239,7 @@ class Store:
         self._boot_id = recovery.current_boot_id() if boot_id is None else boot_id
         self._lock = threading.RLock()
         self._open: dict[BlobId, Blob] = {}
+        self._descriptors = Descriptors(descriptors_max)
         self.layout.claim()
         self._directory_lock = DirectoryLock(self.layout.lock)
         try:
@@ -263,6 +267,12 @@ class Store:
     def cached_bytes(self) -> int:
         """Bytes of all chunks in the cache."""
         return self._inventory.cached_bytes
+
+    def cached_of(self, blobs: Mapping[BlobId, int]) -> int:
+        """Bytes of `blobs` in the cache, each as many times as it says. Takes as long as the fewer of them and of the cache's blobs."""
+        few = len(blobs) < len(self._inventory)
+        infos = map(self._inventory.find, blobs) if few else self._inventory.listing()
+        return sum(min(info.cached, info.size) * blobs.get(info.id, 0) for info in infos if info is not None)
 
     def disk_space(self) -> tuple[int, int]:
         """Bytes that the cache's disk has left for this user, and that it has in all. Raises CacheBroken."""
@@ -295,7 +305,8 @@ class Store:
             raise
         with self._lock:
             for blob in self._open.values():
-                blob._map.abandon()  # whoever reads it reads on from a file that has no name any more
+                blob._map.abandon()
+                blob._file.abandon()  # whoever reads it reads on from a file that has no name any more
             self._open.clear()
             self._inventory, self._device = inventory, device
             if lock is not None:
@@ -413,20 +424,21 @@ class Store:
             # What is cached can still be read.
             fd, read_only = os.open(data, os.O_RDONLY | os.O_CLOEXEC), True
         try:
-            chunk_map = ChunkMap.load(map_path, blob, grid, self._boot_id)
+            chunk_map = ChunkMap.load(map_path, blob, grid, self._boot_id, self._descriptors)
             if chunk_map is None or os.fstat(fd).st_size != grid.size:
                 # The map first: a map must never be found beside data that is not its own.
                 map_path.unlink(missing_ok=True)
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, grid.size)
-                chunk_map = ChunkMap.create(map_path, blob, grid, self._boot_id)
+                chunk_map = ChunkMap.create(map_path, blob, grid, self._boot_id, self._descriptors)
+            file = CacheFile(self._descriptors, data, fd, writable=not read_only)
         except BaseException:
             os.close(fd)
             if created:
                 with suppress(OSError):
                     data.unlink()
             raise
-        return Blob(self, fd, chunk_map, data, read_only)
+        return Blob(self, file, chunk_map)
 
     def _hold(self, blob: Blob) -> None:
         with self._lock:
@@ -448,8 +460,8 @@ class Store:
                 self._inventory.update(blob.id, last_used=now if blob._used else None, in_use=False)
                 del self._open[blob.id]
             blob._map.close()
-            os.close(blob._fd)
-            blob._fd = -1
+            blob._file.close()
+            blob._unpin()
 
     def _noted(self, blob: Blob) -> None:
         """What is known of an open blob has changed."""
@@ -461,7 +473,7 @@ class Store:
     def _stamp(self, blob: Blob, now: float) -> None:
         """The data file's time is when the blob was last used: two cheap calls per use, and none per read."""
         try:
-            os.utime(blob._fd, (now, now))
+            os.utime(blob.path, (now, now))
             self._stamp_refused = False
         except OSError as error:
             if self._stamp_refused:

@@ -125,4 +125,5 @@ class Flight:
             self._came(upto - at)
             self.transfer.arrived(chunk, at, upto)
 
-        return await self._workers.fetch(make, blob.writable_fd(), progress, control)
+        with blob.descriptor(writing=True) as fd:
+            return await self._workers.fetch(make, fd, progress, control)

@@ -89,7 +89,8 @@ class Sealer:
             if end <= at and blob.size:
                 return  # `grown` comes again
             async with self._limiter:
-                answer = await self._workers.digest(str(blob.id), at, end, blob.size, blob.fd)
+                with blob.descriptor() as fd:
+                    answer = await self._workers.digest(str(blob.id), at, end, blob.size, fd)
             if isinstance(answer, Failed):
                 if answer.reason in {"no_space", "cache_broken"}:
                     raise CacheBroken(f"{transfer.name} could not be verified: {answer.message}.")

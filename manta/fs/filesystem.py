@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 from manta.errors import Absent, Invalid, MantaError
@@ -60,6 +61,16 @@ class Attributes:
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """One entry of a listing. `following` is the position after it."""
+
+    name: bytes
+    attributes: Attributes
+    following: int
+    _node: Node
+
+
+@dataclass(frozen=True, slots=True)
 class OpenedFile:
     """`handle` names the open file. `keep_cache`: pages the kernel has are still right; otherwise it must not cache any."""
 
@@ -94,7 +105,8 @@ class Filesystem:
     async def look_up(self, parent: int, name: bytes) -> Attributes:
         """One more lookup to `forget`. Raises Absent; `absence_valid_s` tells how long that holds."""
         folder = self._folder(parent)
-        return self._found(await folder.child(os.fsdecode(name)), folder)
+        node = await folder.child(os.fsdecode(name))
+        return self._attributes(self._inodes.look_up(node), node, folder.lifetime_s)
 
     def absence_valid_s(self, parent: int) -> float:
         """How long the kernel may remember that a name is absent in `parent`; not at all where `parent` itself is not known."""
@@ -128,17 +140,19 @@ class Filesystem:
         self._folders[number] = folder, await folder.children()
         return number
 
-    def list_folder(self, handle: int, start: int) -> Sequence[tuple[str, Node]]:
-        """Names and nodes from position `start` on; `look_up_listed` is due for each that the kernel is told of."""
-        return self._listing(handle)[1][start:]
+    def list_folder(self, handle: int, start: int) -> Iterator[Listed]:
+        """The entries from position `start` on, each made when it is asked for; `told` is due for each that the kernel takes."""
+        return self._listed(*self._listing(handle), start)
 
-    def look_up_listed(self, handle: int, node: Node) -> Attributes:
-        return self._found(node, self._listing(handle)[0])
+    def _listed(self, folder: Folder, entries: Sequence[tuple[str, Node]], start: int) -> Iterator[Listed]:
+        for position in range(start, len(entries)):
+            name, node = entries[position]
+            attributes = self._attributes(self._inodes.number(node), node, folder.lifetime_s)
+            yield Listed(os.fsencode(name), attributes, position + 1, node)
 
-    def preview(self, handle: int, node: Node) -> Attributes:
-        """As `look_up_listed`, but nothing is counted: the kernel may yet have no room for it."""
-        folder = self._listing(handle)[0]
-        return self._attributes(self._inodes.number(node), node, folder.lifetime_s)
+    def told(self, listed: Listed) -> None:
+        """The kernel has learned of an entry: one more lookup to `forget`."""
+        self._inodes.told(listed._node, listed.attributes.inode)
 
     def close_folder(self, handle: int) -> None:
         self._folders.pop(handle, None)
@@ -146,7 +160,7 @@ class Filesystem:
     # Files -----------------------------------------------------------------------------------------------------------
 
     def open_file(self, inode: int) -> OpenedFile:
-        """Raises Denied for what the hub hides from us, NoSpace and CacheBroken when the cache disk fails."""
+        """Raises Denied for what the hub hides from us, NoSpace and CacheBroken when the cache disk fails. Asks the hub nothing."""
         match node := self._node(inode):
             case TextNode():
                 handle: Handle = TextHandle(node.content)
@@ -154,9 +168,13 @@ class Filesystem:
             case BlobNode() if node.size == 0 and node.provenance.entry.blob is not None:
                 handle, keep_cache = TextHandle(b""), True
             case BlobNode():
-                transfer = self._blobs.open(node.provenance)
-                handle = BlobHandle(transfer, self._blobs.close, self._blobs.failed, self._count_read, fill=self._fill)
-                keep_cache = True
+                begin = partial(self._blobs.open, node.provenance)
+                opened = BlobHandle(begin, self._blobs.close, self._blobs.failed, self._count_read, fill=self._fill)
+                if node.provenance.entry.blob is None or self._blobs.cached_bytes(node.provenance)[0]:
+                    # What is hidden is refused here, and what is cached is kept from eviction from here on. Otherwise opening alone
+                    # leaves no trace in the cache: programs open far more files than they read.
+                    opened.attach()
+                handle, keep_cache = opened, True
             case _:
                 raise Invalid("This is not a file.")
         number = next(self._numbers)
@@ -232,9 +250,6 @@ class Filesystem:
         if handle not in self._folders:
             raise Invalid(f"Directory handle {handle} is not open.")
         return self._folders[handle]
-
-    def _found(self, node: Node, folder: Folder) -> Attributes:
-        return self._attributes(self._inodes.look_up(node), node, folder.lifetime_s)
 
     @staticmethod
     def _attributes(inode: int, node: Node, name_valid_s: float) -> Attributes:

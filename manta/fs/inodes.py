@@ -47,13 +47,17 @@ class InodeTable:
     def look_up(self, node: Node) -> int:
         """The kernel learns of `node`: its number, with one more lookup to forget."""
         number = self.number(node)
+        self.told(node, number)
+        return number
+
+    def told(self, node: Node, number: int) -> None:
+        """As `look_up`, of a node whose `number` is known."""
         known = self._known.get(number)
         if known is None:
             self._known[number] = _Known(node, 1)
         else:
             known.node = node  # the same content, perhaps under a newer name or right
             known.lookups += 1
-        return number
 
     def __getitem__(self, number: int) -> Node:
         """Raises KeyError for a number that was forgotten or never given."""

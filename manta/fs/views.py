@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 from manta.errors import Absent, Invalid
 from manta.fetch.sources import Provenance
@@ -75,6 +75,27 @@ def _name_of(revision: str) -> str:
     return revision.replace("%", "%25").replace("/", "%2F")
 
 
+class _Listing(Sequence[tuple[str, Node]]):
+    """Names, with nodes that are made when they are looked at: of a folder of 100,000 files the kernel takes a few hundred at a time."""
+
+    def __init__(self, names: Sequence[str], node: Callable[[str], Node]) -> None:
+        self._names = names
+        self._node = node
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[str, Node]: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[tuple[str, Node]]: ...
+    def __getitem__(self, at: int | slice) -> tuple[str, Node] | Sequence[tuple[str, Node]]:
+        if isinstance(at, slice):
+            return _Listing(self._names[at], self._node)
+        name = self._names[at]
+        return name, self._node(name)
+
+
 class _TreeFolder(Folder):
     """A folder of a snapshot's tree. What it shows for a file or a folder in it is up to the view (`_node`)."""
 
@@ -87,14 +108,19 @@ class _TreeFolder(Folder):
         self.key = key
 
     async def child(self, name: str) -> Node:
-        children = self._snapshot.folders[self._folder]
-        if name not in children:
+        if name not in self._entries:
             raise _absent(name)
-        return self._node(self._path(name), children[name])
+        return self._child(name)
 
     async def children(self) -> Sequence[tuple[str, Node]]:
-        children = self._snapshot.folders[self._folder]
-        return [(name, self._node(self._path(name), entry)) for name, entry in children.items()]
+        return _Listing(list(self._entries), self._child)
+
+    @property
+    def _entries(self) -> Mapping[str, FileEntry | None]:
+        return self._snapshot.folders[self._folder]
+
+    def _child(self, name: str) -> Node:
+        return self._node(self._path(name), self._entries[name])
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}" if self._folder else name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import stat
@@ -30,14 +31,17 @@ from manta.fuse.errno import errno_of
 
 log = logging.getLogger(__name__)
 
-REQUESTS_MAX = 1024
-"""FUSE requests served at once. A read that waits for the network holds one, so this must exceed what readers on one node can have open;
-a task is about 4 KB."""
+REQUESTS_MAX = 8192
+"""FUSE requests served at once. A read that waits for the network holds one, and must not keep out a lookup or the read of a cached file:
+so this is twice what the kernel sends of its own accord (`kernel_settings.BACKGROUND_MAX`). A waiting read takes about 11 KB."""
+
+LISTED_MAX = 512
+"""Entries in one reply to a listing. The kernel has room for thousands, and readers would wait for 10 µs times that."""
 
 _MODES = {
-    "folder": stat.S_IFDIR | 0o555,
-    "file": stat.S_IFREG | 0o444,
-    "link": stat.S_IFLNK | 0o777,
+    "folder": pyfuse3.ModeT(stat.S_IFDIR | 0o555),
+    "file": pyfuse3.ModeT(stat.S_IFREG | 0o444),
+    "link": pyfuse3.ModeT(stat.S_IFLNK | 0o777),
 }
 
 
@@ -52,7 +56,11 @@ class _Operations(pyfuse3.Operations):
         super().__init__()
         self._fs = filesystem
         self._refused = refused
-        self._uid, self._gid = os.getuid(), os.getgid()
+        self._reply = reply = pyfuse3.EntryAttributes()
+        reply.st_nlink = 1
+        reply.st_uid, reply.st_gid = os.getuid(), os.getgid()
+        reply.st_blksize = PREFERRED_READ_BYTES
+        reply.st_atime_ns = reply.st_mtime_ns = reply.st_ctime_ns = MTIME_NS
 
     def _refuse(self, e: Exception) -> pyfuse3.FUSEError:
         if not isinstance(e, MantaError):
@@ -63,15 +71,12 @@ class _Operations(pyfuse3.Operations):
         return pyfuse3.FUSEError(errno_of(e))
 
     def _entry(self, a: Attributes) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
+        """For the reply that is made before the next checkpoint: there is one such object, since most of it never changes."""
+        entry = self._reply
         entry.st_ino = pyfuse3.InodeT(a.inode)
-        entry.st_mode = pyfuse3.ModeT(_MODES[a.kind])
-        entry.st_nlink = 1
-        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_mode = _MODES[a.kind]
         entry.st_size = a.size
-        entry.st_blksize = PREFERRED_READ_BYTES
         entry.st_blocks = -(-a.size // 512)
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = MTIME_NS
         entry.attr_timeout = a.valid_s
         entry.entry_timeout = a.name_valid_s
         return entry
@@ -114,11 +119,12 @@ class _Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         try:
-            for position, (name, node) in enumerate(self._fs.list_folder(fh, start_id), start_id + 1):
-                entry = self._entry(self._fs.preview(fh, node))
-                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(os.fsencode(name)), entry, position):
+            for listed in itertools.islice(self._fs.list_folder(fh, start_id), LISTED_MAX):
+                if not pyfuse3.readdir_reply(
+                    token, pyfuse3.FileNameT(listed.name), self._entry(listed.attributes), listed.following
+                ):
                     return
-                self._fs.look_up_listed(fh, node)
+                self._fs.told(listed)
         except Exception as e:
             raise self._refuse(e) from e
 

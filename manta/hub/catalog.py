@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -53,9 +54,10 @@ UNAVAILABLE_S = 3.0
 ANSWERS_MAX = 4096
 """Bound on remembered answers of each kind. An entry is about 0.5 KB."""
 
-TREE_DEADLINES = 5
-"""The deadline of a whole tree, in deadlines of one question: a tree of 10,000 entries is ten questions of a fraction of a second each, and
-the largest is 200."""
+TREE_DEADLINES = 15
+"""The deadline of a whole tree, in deadlines of one question: by default 300 s, which is how long `manta mount` waits. Each page has the
+deadline of one question, by which a hub that falls silent is noticed; this is for one that is merely slow. The largest tree has 250 pages
+of about a second each."""
 
 BACKSTOP_S = 2.0
 """How much longer than `timeout_s` an adapter is waited for: it keeps that deadline itself, and knows better what went wrong."""
@@ -413,18 +415,19 @@ class _Trees:
     def __init__(self) -> None:
         self._snapshots: OrderedDict[tuple[RepoId, Commit], Snapshot] = OrderedDict()
         self._files = 0
+        # What a mount holds is in memory anyway: the next mount of it shares it.
+        self._alive: WeakValueDictionary[tuple[RepoId, Commit], Snapshot] = WeakValueDictionary()
 
     def get(self, repo: RepoId, commit: Commit) -> Snapshot | None:
-        snapshot = self._snapshots.get((repo, commit))
-        if snapshot is not None:
+        if (repo, commit) in self._snapshots:
             self._snapshots.move_to_end((repo, commit))
-        return snapshot
+        return self._alive.get((repo, commit))
 
     def put(self, snapshot: Snapshot) -> None:
         key = (snapshot.repo, snapshot.commit)
         if key in self._snapshots:
             self._files -= len(self._snapshots.pop(key).files)
-        self._snapshots[key] = snapshot
+        self._snapshots[key] = self._alive[key] = snapshot
         self._files += len(snapshot.files)
         while len(self._snapshots) > SNAPSHOTS_MAX or (self._files > SNAPSHOT_FILES_MAX and len(self._snapshots) > 1):
             _, gone = self._snapshots.popitem(last=False)
@@ -432,9 +435,9 @@ class _Trees:
 
 
 def _laid_out(snapshot: Snapshot | None) -> Snapshot | None:
-    """The same with its folders worked out, for a thread. Raises Corrupt before anyone relies on a tree that cannot be shown."""
+    """The same with its folders and sums worked out, for a thread. Raises Corrupt before anyone relies on a tree that cannot be shown."""
     if snapshot is not None:
-        snapshot.folders  # noqa: B018
+        snapshot.folders, snapshot.contents  # noqa: B018
     return snapshot
 
 

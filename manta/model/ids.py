@@ -147,7 +147,7 @@ class BlobId:
             raise Invalid(f"{self.hex!r} is not a {self.algorithm.value} blob id.")
 
     def __str__(self) -> str:
-        return f"{self.algorithm.value}-{self.hex}"
+        return f"{self.algorithm}-{self.hex}"
 
 
 def parse_blob_id(text: str) -> BlobId:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,17 @@ class FileEntry:
     blob: BlobId | None
     git_oid: str = ""
     """The git object id of the entry, which for LFS files is the pointer's and not the content's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The files of a folder and of all below it, summed up."""
+
+    files: int
+    size: int
+    """Bytes of all of them together."""
+    blobs: Mapping[BlobId, int]
+    """How many of them have each blob; those whose blob is hidden are not here."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +79,36 @@ class Snapshot:
         }
 
     def below(self, subfolder: str) -> Iterator[FileEntry]:
-        """The files in `subfolder` and in its folders ("": all files)."""
-        prefix = f"{subfolder}/" if subfolder else ""
-        return (entry for path, entry in self.files.items() if path.startswith(prefix))
+        """The files in `subfolder` and in its folders ("": all files); none where there is no such folder."""
+        if not subfolder:
+            yield from self.files.values()
+            return
+        folders = [subfolder] if subfolder in self.folders else []
+        while folders:
+            folder = folders.pop()
+            for name, entry in self.folders[folder].items():
+                if entry is not None:
+                    yield entry
+                else:
+                    folders.append(f"{folder}/{name}")
+
+    def contents_of(self, subfolder: str) -> Contents:
+        return self.contents if not subfolder else _sum(self.below(subfolder))
 
     @cached_property
-    def size(self) -> int:
-        """Bytes of all files together."""
-        return sum(entry.size for entry in self.files.values())
+    def contents(self) -> Contents:
+        """Of the whole snapshot."""
+        return _sum(self.files.values())
+
+
+def _sum(entries: Iterable[FileEntry]) -> Contents:
+    files = size = 0
+    blobs: Counter[BlobId] = Counter()
+    for entry in entries:
+        files, size = files + 1, size + entry.size
+        if entry.blob is not None:
+            blobs[entry.blob] += 1
+    return Contents(files, size, blobs)
 
 
 def _is_name(part: str) -> bool:

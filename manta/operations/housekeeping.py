@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import trio
 
@@ -42,7 +42,7 @@ class Housekeeping:
         pins: Pins,
         config: CacheConfig,
         room: Room,
-        mounted: Callable[[], set[BlobId]],
+        mounted: Callable[[], Container[BlobId]],
     ) -> None:
         self._store = store
         self._metadata = metadata
@@ -65,7 +65,7 @@ class Housekeeping:
         blobs.sort(key=lambda b: (b.names, b.id))
         return CacheListing(blobs, self._store.cached_bytes, self._config.size)
 
-    def _describe(self, info: BlobInfo, names: list[str], mounted: set[BlobId]) -> Blob:
+    def _describe(self, info: BlobInfo, names: list[str], mounted: Container[BlobId]) -> Blob:
         return Blob(
             id=str(info.id),
             size=info.size,

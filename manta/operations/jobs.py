@@ -111,9 +111,9 @@ class Jobs:
         job = self._start("prefetch", f"{target.repo}@{resolution.commit}")
         job.files_total = len(entries)
         job.bytes_total = sum(entry.size for entry in entries)
-        blobs = {entry.blob: entry for entry in entries if entry.blob is not None}
-        twice = job.bytes_total - sum(entry.size for entry in blobs.values())
-        job.bytes_before = lambda: twice + sum(self._cached(entry) for entry in blobs.values())
+        sizes = {entry.blob: entry.size for entry in entries if entry.blob is not None}
+        twice, once = job.bytes_total - sum(sizes.values()), dict.fromkeys(sizes, 1)
+        job.bytes_before = lambda: twice + self._store.cached_of(once)
 
         async def fetch(entry: FileEntry) -> None:
             if entry.size == 0:
@@ -154,10 +154,6 @@ class Jobs:
 
         self._nursery.start_soon(self._work, job, [partial(verify, info) for info in infos])
         return self._describe(job)
-
-    def _cached(self, entry: FileEntry) -> int:
-        info = self._store.find(entry.blob) if entry.blob is not None else None
-        return min(info.cached, entry.size) if info is not None else 0
 
     def _start(self, kind: Literal["prefetch", "verify"], name: str) -> _Job:
         if self.running >= RUNNING_MAX:

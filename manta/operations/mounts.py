@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from manta.fs.nodes import Folder, Node
 from manta.fs.views import HubCacheFolder, HubFolder, SnapshotFolder
 from manta.hub.catalog import Catalog, Resolution
 from manta.hub.origin import Access
-from manta.model.ids import DEFAULT_REVISION, Commit, RepoId, Target, parse_target
-from manta.model.snapshot import FileEntry, Snapshot
+from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, RepoId, Target, parse_target
+from manta.model.snapshot import Contents, Snapshot
 from manta.operations.failures import Failures
 
 log = logging.getLogger(__name__)
@@ -93,22 +93,12 @@ class MountScope:
         return self._frozen[repo, revision].stale
 
     def cached_bytes(self, snapshot: Snapshot, folder: str) -> int:
-        return sum(self.cached(entry) for entry in snapshot.below(folder))
+        return self._store.cached_of(snapshot.contents_of(folder).blobs)
 
     @property
     def held(self) -> Mapping[tuple[RepoId, Commit], Snapshot]:
         """What `snapshot` has given so far."""
         return self._snapshots
-
-    def cached(self, entry: FileEntry) -> int:
-        """Bytes of one file that are in the cache."""
-        info = self._store.find(entry.blob) if entry.blob is not None else None
-        return min(info.cached, entry.size) if info is not None else 0
-
-    def files(self) -> Iterator[FileEntry]:
-        """Every file of every snapshot that this mount holds."""
-        for snapshot in self._snapshots.values():
-            yield from snapshot.files.values()
 
 
 @dataclass(eq=False)
@@ -121,6 +111,8 @@ class Mounted:
     target: Target | None
     """None for the whole hub."""
     commit: Commit | None
+    contents: Contents | None
+    """Of the mounted folder; None for the whole hub, where it grows."""
     scope: MountScope
     root: Folder
     created: float
@@ -129,6 +121,16 @@ class Mounted:
     """The caller says that it has bound it."""
     seen: bool = False
     """Its binding was in our mountinfo. One in another mount namespace never is, and cannot be missed either."""
+
+
+class _Blobs(Container[BlobId]):
+    """The blobs of some snapshots, without a set of them all: a hundred mounts may show the same 200,000 files."""
+
+    def __init__(self, parts: Sequence[Mapping[BlobId, int]]) -> None:
+        self._parts = parts
+
+    def __contains__(self, blob: object) -> bool:
+        return any(blob in part for part in self._parts)
 
 
 class _RootFolder(Folder):
@@ -196,13 +198,14 @@ class Mounts:
         number = next(self._numbers)
         slug = "hub" if target is None else target.repo.name.replace("/", "--")
         mount_id = f"{number}-{slug}"
-        commit = None
+        commit = contents = None
         root: Folder
         if target is None:
             root = HubFolder(scope, mount_id) if request.view == "tree" else HubCacheFolder(scope, mount_id)
         else:
             commit = await scope.freeze(target.repo, target.revision)
             snapshot = await scope.snapshot(target.repo, commit)
+            contents = snapshot.contents_of(target.subfolder)
             if request.view == "tree":
                 root = SnapshotFolder(scope, snapshot, target.subfolder, place=mount_id)
             elif target.subfolder:
@@ -218,7 +221,9 @@ class Mounts:
                 " mount a cache of its own with --cache-dir."
             )
         request = msgspec.structs.replace(request, token="")
-        mounted = Mounted(mount_id, request, target, commit, scope, root, trio.current_time(), request.directory)
+        mounted = Mounted(
+            mount_id, request, target, commit, contents, scope, root, trio.current_time(), request.directory
+        )
         self._mounted[mount_id] = mounted
         if self.direct:
             # The top is the mount itself: what it lacks it goes on lacking.
@@ -252,18 +257,21 @@ class Mounts:
         """The directory to bind."""
         return mounted.directory if self._root is None else str(self._root / mounted.id)
 
-    def files(self) -> Iterator[FileEntry]:
-        """Every file that any mount shows."""
-        for mounted in self._mounted.values():
-            yield from mounted.scope.files()
+    def totals(self) -> tuple[int, int]:
+        """Bytes and files of all mounts together."""
+        shown = [snapshot.contents for mounted in self for snapshot in mounted.scope.held.values()]
+        return sum(contents.size for contents in shown), sum(contents.files for contents in shown)
+
+    def blobs(self) -> Container[BlobId]:
+        """The blobs that the mounts show now."""
+        shown = {key: snapshot for mounted in self for key, snapshot in mounted.scope.held.items()}
+        return _Blobs([snapshot.contents.blobs for snapshot in shown.values()])
 
     def describe(self, mounted: Mounted, failures: Failures) -> Mount:
         """What status says of it. Sizes are of the mounted folder; for the whole hub, of the repos it has opened."""
         scope, target = mounted.scope, mounted.target
-        if target is not None and mounted.commit is not None:
-            entries = list(scope.held[target.repo, mounted.commit].below(target.subfolder))
-        else:
-            entries = list(scope.files())
+        whole_hub = [snapshot.contents for snapshot in scope.held.values()]
+        shown = [mounted.contents] if mounted.contents is not None else whole_hub
         return Mount(
             id=mounted.id,
             target=mounted.request.target,
@@ -272,9 +280,9 @@ class Mounts:
             view=mounted.request.view,
             source=self.source(mounted),
             directory=mounted.directory,
-            files=len(entries),
-            size=sum(entry.size for entry in entries),
-            cached=sum(scope.cached(entry) for entry in entries),
+            files=sum(contents.files for contents in shown),
+            size=sum(contents.size for contents in shown),
+            cached=sum(self._store.cached_of(contents.blobs) for contents in shown),
             stale=target is not None and scope.stale(target.repo, target.revision),
             errors=failures.of(scope.held),
         )

@@ -10,7 +10,7 @@ NoSpace for what is not cached. `problem` says so in `manta status`, the log say
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Protocol
 
 import trio
@@ -50,7 +50,7 @@ class Fetching(Protocol):
 class Room:
     """`mounted` names the blobs of all mounts. Give it the fetcher with `run`."""
 
-    def __init__(self, store: Store, pins: Pins, config: CacheConfig, mounted: Callable[[], set[BlobId]]) -> None:
+    def __init__(self, store: Store, pins: Pins, config: CacheConfig, mounted: Callable[[], Container[BlobId]]) -> None:
         self._store = store
         self._pins = pins
         self._mounted = mounted

@@ -137,9 +137,10 @@ class Verification:
         extents = {chunk: blob.grid.extent(chunk) for chunk in digests}
         chunk_at = {extent.start: chunk for chunk, extent in extents.items()}
         async with self._limiter:
-            answer = await self._workers.verify(
-                [(extent.start, extent.end, digests[chunk]) for chunk, extent in extents.items()], blob.fd
-            )
+            with blob.descriptor() as fd:
+                answer = await self._workers.verify(
+                    [(extent.start, extent.end, digests[chunk]) for chunk, extent in extents.items()], fd
+                )
         if isinstance(answer, Failed):
             raise Unavailable(f"{blob.id} could not be verified: {answer.message}. Try again.")
         return {chunk_at[start]: how for start, how in answer.damaged}
@@ -150,7 +151,8 @@ class Verification:
         while at < blob.size or not blob.size:
             end = min(at + ORDER_BYTES, blob.size)
             async with self._limiter:
-                answer = await self._workers.digest(str(blob.id), at, end, blob.size, blob.fd)
+                with blob.descriptor() as fd:
+                    answer = await self._workers.digest(str(blob.id), at, end, blob.size, fd)
             if isinstance(answer, Failed):
                 if answer.reason != "cache_broken":
                     raise Unavailable(f"{blob.id} could not be verified: {answer.message}. Try again.")

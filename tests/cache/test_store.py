@@ -481,14 +481,15 @@ def test_a_disk_that_turns_read_only_still_reads_and_goes_on_when_it_is_well(
             store.remove(BLOB)
         blob = store.open_blob(BLOB, 1000)
         assert os.pread(blob.fd, 2 * CHUNK, 0) == DATA[: 2 * CHUNK]
-        with pytest.raises(CacheBroken, match="Remount its filesystem writable"):
-            blob.writable_fd()
+        with pytest.raises(CacheBroken, match="Remount its filesystem writable"), blob.descriptor(writing=True):
+            pass
         with pytest.raises(CacheBroken):
             blob.record(2, b"0" * 16)
         assert not blob.has(2)
         subprocess.run(["mount", "-o", "remount,bind,rw", blobs], check=True)
         number = blob.fd
-        assert blob.writable_fd() == blob.fd == number
+        with blob.descriptor(writing=True) as fd:
+            assert fd == blob.fd == number
         fetch(blob, DATA)
         blob.seal()
         blob.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from manta.config import FetchConfig
 from manta.errors import Absent, Denied, Invalid
 from manta.fs.filesystem import Attributes, Filesystem, Totals
 from manta.fs.inodes import ROOT
-from manta.fs.nodes import FOREVER_SECONDS, BlobNode, Folder, Node
+from manta.fs.nodes import FOREVER_SECONDS, Folder, Node, TextNode
 from manta.fs.views import LISTING_LIFETIME_SECONDS, REF_LIFETIME_SECONDS, HubCacheFolder, SnapshotFolder
 from manta.model.snapshot import FileEntry
 from tests.fs.fakes import (
@@ -63,18 +64,15 @@ async def bench(directory: Path, config: FetchConfig | None = None, *, seal: boo
 
 
 async def listed(fs: Filesystem, inode: int, page: int = 7) -> dict[str, Attributes]:
-    """A listing as the kernel asks for it: in pages, each entry previewed and, where there is room, looked up."""
+    """A listing as the kernel asks for it: in pages, each entry told of where there is room."""
     handle = await fs.open_folder(inode)
     shown: dict[str, Attributes] = {}
     start = 0
-    while entries := fs.list_folder(handle, start):
-        for name, node in entries[:page]:
-            attributes = fs.preview(handle, node)
-            assert fs.look_up_listed(handle, node) == attributes
-            shown[name] = attributes
-            start += 1
-        if len(entries) > page:
-            fs.preview(handle, entries[page][1])  # no room for this one: it comes again
+    while entries := list(itertools.islice(fs.list_folder(handle, start), page + 1)):
+        for entry in entries[:page]:  # for one more there was no room: it comes again
+            fs.told(entry)
+            shown[os.fsdecode(entry.name)] = entry.attributes
+            start = entry.following
     fs.close_folder(handle)
     return shown
 
@@ -246,15 +244,17 @@ async def test_twelve_thousand_entries_are_listed_in_pages(tmp_path: Path) -> No
 
 
 @pytest.mark.trio
-async def test_a_preview_counts_nothing(tmp_path: Path) -> None:
+async def test_an_entry_counts_once_the_kernel_was_told(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         fs = b.show([plain("a", b"a")])
         handle = await fs.open_folder(ROOT)
-        [(_, node)] = fs.list_folder(handle, 0)
-        attributes = fs.preview(handle, node)
+        [entry] = fs.list_folder(handle, 0)
         assert fs.known_inodes == 1
-        assert fs.look_up_listed(handle, node) == attributes
+        fs.told(entry)
         assert fs.known_inodes == 2
+        assert fs.attributes(entry.attributes.inode) == entry.attributes
+        fs.forget(entry.attributes.inode, 1)
+        assert fs.known_inodes == 1
 
 
 @pytest.mark.trio
@@ -267,7 +267,7 @@ async def test_a_listing_begins_anywhere_and_stays_what_it_was(tmp_path: Path) -
             raise Absent(name)
 
         async def children(self) -> list[tuple[str, Node]]:
-            return [(name, BlobNode.__new__(BlobNode)) for name in self.names]
+            return [(name, TextNode(name, b"")) for name in self.names]
 
     async with bench(tmp_path) as b:
         folder = Growing()
@@ -275,7 +275,7 @@ async def test_a_listing_begins_anywhere_and_stays_what_it_was(tmp_path: Path) -
         fs = b.over(folder)
         handle = await fs.open_folder(ROOT)
         folder.names = ["z"]
-        assert [name for name, _ in fs.list_folder(handle, 1)] == ["b", "c"]
+        assert [entry.name for entry in fs.list_folder(handle, 1)] == [b"b", b"c"]
         assert list(fs.list_folder(handle, 3)) == []
         assert list(fs.list_folder(handle, 1000)) == []
         fs.close_folder(handle)
@@ -302,6 +302,22 @@ async def test_a_file_is_opened_read_and_closed(tmp_path: Path) -> None:
         assert b.blobs.opened == 0
         with pytest.raises(Invalid, match="not open"):
             await fs.read(opened.handle, 0, 1)
+
+
+@pytest.mark.trio
+async def test_opening_leaves_a_trace_in_the_cache_only_where_something_is_cached(tmp_path: Path) -> None:
+    """Programs open far more files than they read; but what is open and cached must not be evicted."""
+    async with bench(tmp_path) as b:
+        fs = b.show([b.hub.lfs("weights", WEIGHTS)])
+        inode = (await fs.look_up(ROOT, b"weights")).inode
+        first = fs.open_file(inode).handle
+        assert b.blobs.store.listing() == []
+        await fs.read(first, 0, 1)
+        fs.close_file(first)
+        second = fs.open_file(inode).handle
+        [info] = b.blobs.store.listing()
+        assert info.in_use
+        fs.close_file(second)
 
 
 @pytest.mark.trio

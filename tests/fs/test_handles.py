@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class Reader:
         self.counted = 0
 
     def open(self, *, fill: bool = False) -> BlobHandle:
-        transfer = self.blobs.open(Provenance(MODEL, FIRST, self.entry, ACCESS))
-        return BlobHandle(transfer, self.blobs.close, self.blobs.failed, self._count, fill=fill)
+        begin = partial(self.blobs.open, Provenance(MODEL, FIRST, self.entry, ACCESS))
+        return BlobHandle(begin, self.blobs.close, self.blobs.failed, self._count, fill=fill)
 
     @property
     def fetched(self) -> list[int]:
@@ -185,6 +186,7 @@ async def test_a_cache_file_that_became_too_short_is_a_broken_cache(tmp_path: Pa
     async with reading(tmp_path) as reader:
         await reader.fetch_all()
         handle = reader.open()
+        handle.attach()
         os.truncate(reader.blobs.store.layout.data(_blob(reader)), SIZE - 1)
         assert bytes(await handle.read(0, CHUNK)) == DATA[:CHUNK]
         with pytest.raises(CacheBroken, match=r"org/name/model.safetensors is too short.*cache verify"):
@@ -199,6 +201,7 @@ async def test_a_disk_that_fails_is_a_broken_cache(tmp_path: Path, monkeypatch: 
     async with reading(tmp_path) as reader:
         await reader.fetch_all()
         handle = reader.open()
+        handle.attach()
         monkeypatch.setattr(os, "preadv", fail)
         monkeypatch.setattr(os, "pread", fail)
         with pytest.raises(CacheBroken, match="could not be read from the cache disk: Input/output error"):
@@ -275,6 +278,7 @@ async def test_opening_alone_fetches_nothing(tmp_path: Path, autojump_clock: tri
         handle.close()
         assert reader.fetched == []
         assert reader.blobs.opened == 0
+        assert reader.blobs.store.listing() == []
 
 
 def test_the_scratch_buffer_is_one_read_large() -> None:
@@ -292,8 +296,7 @@ async def test_what_is_thrown_away_while_it_is_read_is_read_anew(
         with path.open("r+b") as file:
             file.write(b"\xee" * 10)
         handle = reader.open()
-        transfer = reader.blobs.fetcher.transfer(str(_blob(reader)))
-        assert transfer is not None
+        transfer, _ = handle.attach()
         pread, damaged = os.pread, []
 
         def read_damaged(fd: int, length: int, offset: int) -> bytes:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ class MemoryStore:
     def save_snapshot(self, snapshot: Snapshot) -> None:
         self._touch()
         self.writes += 1
-        self.trees[snapshot.repo, snapshot.commit] = snapshot
+        self.trees[snapshot.repo, snapshot.commit] = replace(snapshot)  # a disk hands out no object that it was given
 
     def snapshot(self, repo: RepoId, commit: Commit) -> Snapshot | None:
         self._touch()
@@ -461,6 +462,19 @@ async def test_only_so_many_trees_stay_in_memory(
     for _ in range(3):
         await catalog.snapshot(REPO, commit("d"), ANONYMOUS)
     assert len(origin.asked) == 5, "one that alone is too large stays while it is the latest"
+
+
+@pytest.mark.trio
+async def test_a_tree_that_somebody_holds_is_never_in_memory_twice(
+    origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SNAPSHOT_FILES_MAX", 1)
+    catalog = Catalog(origin, store, nursery)
+    for letter in "ab":
+        origin.trees[REPO, commit(letter)] = [entry(f"{n}") for n in range(2)]
+    held = await catalog.snapshot(REPO, A, ANONYMOUS)
+    await catalog.snapshot(REPO, commit("b"), ANONYMOUS)
+    assert await catalog.snapshot(REPO, A, ANONYMOUS) is held
 
 
 @pytest.mark.trio

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import parse_qs, urljoin, urlsplit
 
 import pytest
 import trio
@@ -87,10 +87,12 @@ async def test_it_says_who_it_is_and_keeps_to_the_token_it_is_given(
     assert (resolved.commit, resolved.gated, resolved.private) == (SHA, False, False)
     await origin.resolve(REPO, "refs/pr/1", USER)
     first, second = hub.asked
-    assert first.path == "/api/models/org/name"
+    path, _, query = first.path.partition("?")
+    assert path == "/api/models/org/name"
+    assert sorted(parse_qs(query)["expand"]) == ["gated", "private", "sha"]  # and not the names of all files
     assert first.headers["user-agent"].startswith("manta/")
     assert "authorization" not in first.headers
-    assert second.path == "/api/models/org/name/revision/refs%2Fpr%2F1"
+    assert second.path.partition("?")[0] == "/api/models/org/name/revision/refs%2Fpr%2F1"
     assert second.headers["authorization"] == "Bearer hf_user"
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from manta.errors import Corrupt
 from manta.model.ids import BlobAlgorithm, BlobId, Commit, RepoId, RepoKind
-from manta.model.snapshot import FileEntry, Snapshot
+from manta.model.snapshot import Contents, FileEntry, Snapshot
 
 REPO = RepoId(RepoKind.MODEL, "org/name")
 COMMIT = Commit("ab" * 20)
@@ -27,7 +27,7 @@ def test_folders_have_their_children_in_byte_order() -> None:
 
 def test_an_empty_repo_is_an_empty_folder() -> None:
     assert snapshot().folders == {"": {}}
-    assert snapshot().size == 0
+    assert snapshot().contents == Contents(0, 0, {})
 
 
 @pytest.mark.parametrize("path", ["", "/a", "a/", "a//b", ".", "..", "a/../b", "./a", "a\0b"])
@@ -47,7 +47,13 @@ def test_below_a_subfolder() -> None:
     assert [f.path for f in tree.below("a")] == ["a/b", "a/c/d"]
     assert [f.path for f in tree.below("a/c")] == ["a/c/d"]
     assert len(list(tree.below(""))) == 4
-    assert tree.size == 40
+    assert list(tree.below("a/nothing")) == []
+
+
+def test_files_are_summed_up_by_folder() -> None:
+    tree = snapshot("a/b", "a/c/d", "ab/c", "a.txt")
+    assert tree.contents == Contents(4, 40, {BLOB: 4})
+    assert tree.contents_of("a") == Contents(2, 20, {BLOB: 2})
 
 
 def test_a_snapshot_cannot_be_changed() -> None:

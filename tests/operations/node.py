@@ -45,13 +45,10 @@ class Node:
         self.housekeeping = self.housekeeping_with(CacheConfig())
 
     def housekeeping_with(self, config: CacheConfig) -> Housekeeping:
-        return Housekeeping(self.store, self.metadata, self.pins, config, self.room_with(config), self.mounted_blobs)
+        return Housekeeping(self.store, self.metadata, self.pins, config, self.room_with(config), self.mounts.blobs)
 
     def room_with(self, config: CacheConfig) -> Room:
-        return Room(self.store, self.pins, config, self.mounted_blobs)
-
-    def mounted_blobs(self) -> set[BlobId]:
-        return {entry.blob for entry in self.mounts.files() if entry.blob is not None}
+        return Room(self.store, self.pins, config, self.mounts.blobs)
 
     def _count_ended(self) -> None:
         self.ended += 1

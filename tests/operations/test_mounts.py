@@ -144,7 +144,8 @@ async def test_a_removed_mount_is_gone(tmp_path: Path, hub: MemoryHub) -> None:
         for again in (n.mounts.remove, n.mounts.__getitem__):
             with pytest.raises(Absent, match="There is no mount"):
                 again(mounted.id)
-        assert list(n.mounts.files()) == []
+        assert n.mounts.totals() == (0, 0)
+        assert all(blob not in n.mounts.blobs() for blob in hub.blobs)
         other = await n.mount(MountRequest("org/name", "/models"))
         assert other.id != mounted.id
 
@@ -249,7 +250,7 @@ async def test_a_mount_holds_what_it_has_shown(tmp_path: Path, hub: MemoryHub) -
         hub.failure = Absent("The repo is gone.")
         hub.denied.add(ACCESS)
         assert await mount.snapshot(MODEL, FIRST) is snapshot
-        assert [entry.path for entry in mount.files()] == ["config.json", "onnx/model.onnx"]
+        assert mount.held == {(MODEL, FIRST): snapshot}
 
 
 @pytest.mark.trio
