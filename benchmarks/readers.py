@@ -9,6 +9,9 @@ to the last byte, on the monotonic clock that all processes share. Each prints o
     random PATH --block BYTES --threads N --seed S     every block once in random order, N threads on one descriptor
     mapped PATH --block BYTES                          mmap, from start to end
     probe --length BYTES                               reads "OFFSET PATH" lines; opens, reads at the offset, closes
+    find PATH                                          the program find over a folder: names, kinds and sizes of all below it
+    stat PATH --names FILE                             stat of each name in FILE (one a line, below PATH)
+    open PATH --names FILE --times N                   open and close of each of them, N times over
 
 What they read is digested as it is read: sequential and mapped by sha256; random by the sha256 of the sha256 of each block in file order,
 which does not depend on the order of reading (`blocks_digest` says what it must be).
@@ -23,6 +26,7 @@ import mmap
 import os
 import random
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -127,6 +131,33 @@ def probe(line: str, length: int) -> dict[str, object]:
     return {"began": began, "opened": opened, "ended": ended, "bytes": len(data), "digest": digest}
 
 
+def find(path: str) -> dict[str, object]:
+    began = time.monotonic()
+    done = subprocess.run(["find", path, "-type", "f", "-printf", "%s\\n"], capture_output=True, check=True)
+    ended = time.monotonic()
+    sizes = list(map(int, done.stdout.split()))
+    return {"began": began, "ended": ended, "entries": len(sizes), "total": sum(sizes)}
+
+
+def stat(path: str, names: list[str]) -> dict[str, object]:
+    total = 0
+    began = time.monotonic()
+    for name in names:
+        total += os.stat(f"{path}/{name}").st_size
+    return {"began": began, "ended": time.monotonic(), "entries": len(names), "total": total}
+
+
+def open_all(path: str, names: list[str], times: int) -> dict[str, object]:
+    taken = []
+    began = time.monotonic()
+    for name in names * times:
+        before = time.monotonic()
+        fd = os.open(f"{path}/{name}", os.O_RDONLY)
+        taken.append(time.monotonic() - before)
+        os.close(fd)
+    return {"began": began, "ended": time.monotonic(), "open_s": taken}
+
+
 def usage() -> dict[str, object]:
     """This process's own CPU seconds and peak memory (VmHWM: ru_maxrss would include the parent's before exec)."""
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -146,19 +177,41 @@ def main(arguments: list[str]) -> int:
             program.add_argument("--threads", type=int, required=True)
             program.add_argument("--seed", type=int, required=True)
     programs.add_parser("probe").add_argument("--length", type=int, required=True)
+    for name in ("find", "stat", "open"):
+        program = programs.add_parser(name)
+        program.add_argument("path")
+        if name != "find":
+            program.add_argument("--names", required=True)
+        if name == "open":
+            program.add_argument("--times", type=int, default=1)
     options = parser.parse_args(arguments)
     if options.program == "probe":
         for line in sys.stdin:
             print(json.dumps(probe(line, options.length)), flush=True)
         return 0
-    if options.program == "sequential":
-        result = sequential(options.path, options.block)
-    elif options.program == "random":
-        result = shuffled(options.path, options.block, options.threads, options.seed)
-    else:
-        result = mapped(options.path, options.block)
-    print(json.dumps({**result, **usage()}))
+    print(json.dumps({**_run(options), **usage()}))
     return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, object]:
+    match options.program:
+        case "sequential":
+            return sequential(options.path, options.block)
+        case "random":
+            return shuffled(options.path, options.block, options.threads, options.seed)
+        case "mapped":
+            return mapped(options.path, options.block)
+        case "find":
+            return find(options.path)
+        case "stat":
+            return stat(options.path, _lines(options.names))
+        case _:
+            return open_all(options.path, _lines(options.names), options.times)
+
+
+def _lines(path: str) -> list[str]:
+    with open(path) as lines:
+        return lines.read().splitlines()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ QUIET_TIMEOUT_S = 60
 EXIT_TIMEOUT_S = 20
 """How long an ephemeral daemon may take to exit after its last umount."""
 
+_READER = (sys.executable, "-S", "-E", "-P", readers.__file__)
+
 CURL_REPORT = '{"seconds": %{time_total}, "first_byte_s": %{time_starttransfer}, "bytes": %{size_download}}'
 
 
@@ -171,7 +173,7 @@ class Rig:
         self.hub = hub
         self.link = link
         self._specs = specs
-        self._facts = hub.files(REPO).files
+        self.facts = hub.files(REPO).files
         self._digests: dict[tuple[str, int], str] = {}
         self._mounts = 0
 
@@ -200,7 +202,7 @@ class Rig:
         self.hub.reset(content=False)
         url = file_url(self.endpoint, REPO, name)
         command = ["curl", "--silent", "--show-error", "--fail", "--location", "--output", "/dev/null", "--write-out"]
-        size = self._facts[name].size
+        size = self.facts[name].size
         (result,), usage, others_s = self._run([[*command, CURL_REPORT, url]], None, size, os.environ)
         if result["bytes"] != size:
             raise Corrupt(f"curl got {result['bytes']} bytes of {url}, which has {size}")
@@ -210,14 +212,23 @@ class Rig:
 
     def read(self, mount: Mount, programs: Sequence[Sequence[str]]) -> Measurement:
         """Runs programs of readers.py side by side."""
-        reader = [sys.executable, "-S", "-E", "-P", readers.__file__]
-        return self.measure([[*reader, *program] for program in programs], mount)
+        return self.measure([[*_READER, *program] for program in programs], mount)
+
+    def ask(self, mount: Mount | None, program: Sequence[str]) -> tuple[dict[str, Any], float]:
+        """Runs one program of readers.py; what it found, and the CPU seconds of all Manta processes meanwhile."""
+        (result,), usage, _ = self._run([[*_READER, *program]], mount, 0, os.environ)
+        say(f"{program[0]}: {result['ended'] - result['began']:.3f} s")
+        return result, usage["manta"].cpu_s if mount is not None else 0.0
+
+    def requests(self) -> dict[str, int]:
+        """Requests that the hub has had since the mount began, by kind: "info", "tree", "resolve", "blob"."""
+        return {str(kind): number for kind, number in self.hub.stats().kinds.items()}
 
     def measure(
         self, commands: Sequence[Sequence[str]], mount: Mount | None, environ: Mapping[str, str] | None = None
     ) -> Measurement:
         """Runs commands side by side that print what readers.py prints. With a mount, until the daemon is done with their files too."""
-        size = max(fact.size for fact in self._facts.values())
+        size = max(fact.size for fact in self.facts.values())
         results, usage, others_s = self._run(commands, mount, size, os.environ if environ is None else environ)
         began = min(result["began"] for result in results)
         found = Measurement(
@@ -235,7 +246,7 @@ class Rig:
     @contextmanager
     def prober(self, length: int) -> Iterator[Callable[[Path, int], Probe]]:
         """A running reader that opens a file and reads `length` bytes at an offset each time it is called."""
-        command = [sys.executable, "-S", "-E", "-P", readers.__file__, "probe", "--length", str(length)]
+        command = [*_READER, "probe", "--length", str(length)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert process.stdin
         assert process.stdout
@@ -301,7 +312,7 @@ class Rig:
 
     def check_digest(self, found: Measurement, name: str, *, block: int = 0) -> None:
         """Raises Corrupt unless every reader got the file's bytes. `block`: the digest is of blocks (readers.blocks_digest)."""
-        wanted = self._facts[name].sha256 if block == 0 else self._blocks_digest(name, block)
+        wanted = self.facts[name].sha256 if block == 0 else self._blocks_digest(name, block)
         if found.digests.count(wanted) != len(found.digests) or not found.digests:
             raise Corrupt(f"a reader of {name} got other bytes than the hub has: {found.digests} and not {wanted}")
 

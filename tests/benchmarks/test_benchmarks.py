@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as main_module
-from benchmarks import load, rig, scratch
+from benchmarks import load, metadata, rig, scratch
 from manta.testing import netns
 
 OBSTACLE = netns.obstacle() or ("" if Path("/dev/fuse").exists() else "there is no /dev/fuse")
@@ -27,8 +27,9 @@ SMALL = {
     "ttfb": ["--size", "1MiB", "--samples", "2", "--latency", "0.005"],
     "parallel": ["--size", "16MiB"],
     "load": ["--size", "16MiB"],
+    "metadata": ["--size", "1MiB", "--files", "40"],
 }
-GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3}
+GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3, "metadata": 9}
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_it_runs_and_cleans_up(
     if name == "load":
         pytest.importorskip("safetensors", reason="safetensors is not installed")
     # Everybody's page cache is not a test's to drop.
-    for module in (rig, load):
+    for module in (rig, load, metadata):
         monkeypatch.setattr(module, "drop_page_cache", lambda: None)
     namespaces = set(os.listdir("/run/netns"))
     results = tmp_path / "results.json"
