@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
-import lz4.frame  # type: ignore[import-untyped]
+import lz4.frame
 import msgspec
 
 from manta.cache.disk import disk_error, disk_errors, replace_file

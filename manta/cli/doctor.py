@@ -32,8 +32,8 @@ Level = Literal["ok", "warn", "fail"]
 HUB_S = 10.0
 DISK_FREE_MIN = 5 * 1000**3
 """Below this a warning: even a small language model in 16 bit is larger."""
-FILES_MIN = 4096
-"""Open files a daemon may need: two for each file that is open or fetched, and its connections."""
+FILES_MIN = 1024
+"""Open files a daemon needs: 512 for connections, workers and the cache files in use, and as many cache files that it keeps open."""
 
 _CAP_SYS_ADMIN = 21
 _MARK = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}

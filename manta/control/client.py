@@ -25,7 +25,7 @@ import msgspec
 
 from manta.config import Config
 from manta.control.protocol import (
-    BODY_BYTES_MAX,
+    ANSWER_BYTES_MAX,
     Bound,
     CacheListing,
     CacheSelection,
@@ -174,8 +174,8 @@ class Client:
                     if not part:
                         break
                     content += part
-                    if len(content) > BODY_BYTES_MAX:
-                        raise http.client.HTTPException(f"an answer of more than {BODY_BYTES_MAX} bytes")
+                    if len(content) > ANSWER_BYTES_MAX:
+                        raise http.client.HTTPException(f"an answer of more than {ANSWER_BYTES_MAX} bytes")
                 if response.length:  # read1 takes an early end for the end
                     raise http.client.IncompleteRead(bytes(content), response.length)
                 return response.status, bytes(content)

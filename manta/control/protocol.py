@@ -25,8 +25,11 @@ from typing import Literal
 
 import msgspec
 
+ANSWER_BYTES_MAX = 128 * 1024 * 1024
+"""Bound on one answer: a listing of 400,000 blobs with a name each. One of 10,000 is 2.5 MB."""
+
 BODY_BYTES_MAX = 16 * 1024 * 1024
-"""Bound on one body in either direction: a listing of 50,000 blobs with their names is about 10 MB."""
+"""Bound on one request: names of blobs and targets."""
 
 View = Literal["tree", "hub-cache"]
 VIEWS: tuple[View, ...] = ("tree", "hub-cache")

@@ -135,7 +135,7 @@ def test_an_answer_that_is_none_is_a_sentence(daemon: FakeDaemon, answer: bytes,
 
 
 def test_an_answer_without_end_is_cut_off(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BODY_BYTES_MAX", 1000)
+    monkeypatch.setattr(module, "ANSWER_BYTES_MAX", 1000)
     daemon.raw["GET /v1/status"] = b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000
     with pytest.raises(Unavailable, match="more than 1000 bytes"):
         Client(daemon.socket_path).status()
