@@ -465,6 +465,24 @@ async def test_only_so_many_trees_stay_in_memory(
 
 
 @pytest.mark.trio
+async def test_a_tree_of_many_pages_has_more_time_than_one_question(
+    catalog: Catalog, origin: FakeOrigin, mock_clock: MockClock
+) -> None:
+    """250 pages, each of which had its own deadline, may take a second each."""
+    origin.open = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def look() -> None:
+            assert (await catalog.snapshot(REPO, A, ANONYMOUS)).files
+
+        nursery.start_soon(look)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(250)
+        await wait_all_tasks_blocked()
+        origin.open.set()
+
+
+@pytest.mark.trio
 async def test_a_tree_that_somebody_holds_is_never_in_memory_twice(
     origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
