@@ -37,7 +37,7 @@ PAGE_ENTRIES = 1000
 """Entries in one page of the hub's tree."""
 PREFETCH_TIMEOUT_S = 300
 
-FIND_RATIO_MAX = 20.0
+FIND_RATIO_MAX = 8.0
 """The daemon is asked for each listing, since pyfuse3 has no way to let the kernel keep them; the native one is a loop in the kernel."""
 STAT_RATIO_MAX = 2.0
 """Names and attributes are the kernel's for a day: the daemon is not asked."""

@@ -69,10 +69,10 @@ class Layout:
         return self.directory / "CACHEDIR.TAG"
 
     def data(self, blob: BlobId) -> Path:
-        return self.blobs / blob.hex[:2] / f"{blob}{DATA_SUFFIX}"
+        return self.directory / f"blobs/{blob.hex[:2]}/{blob}{DATA_SUFFIX}"
 
     def map(self, blob: BlobId) -> Path:
-        return self.blobs / blob.hex[:2] / f"{blob}{MAP_SUFFIX}"
+        return self.directory / f"blobs/{blob.hex[:2]}/{blob}{MAP_SUFFIX}"
 
     def claim(self) -> None:
         """Makes the directory, or checks that it is a cache or empty. A directory that is not ours is not touched.

@@ -38,7 +38,10 @@ FROZEN_MAX = 1000
 
 TREES_MAX = 1000
 """Trees that one mount may hold in memory: of the repos it has opened and, in the hub-cache view, of each commit that was asked for or
-that a ref has meant since. A tree of a hundred files is about 50 KB."""
+that a ref has meant since. A tree of a hundred files is about 60 KB."""
+
+FILES_MAX = 1_000_000
+"""Files of all those trees, counted before the latest: 600 MB."""
 
 
 @dataclass(eq=False)
@@ -70,9 +73,11 @@ class MountScope:
         """Held as long as the mount, so that it outlives the repo. Raises Denied where nothing of it may be read."""
         key = repo, commit
         if key not in self._snapshots:
-            if len(self._snapshots) >= TREES_MAX:
+            files = sum(len(held.files) for held in self._snapshots.values())
+            if len(self._snapshots) >= TREES_MAX or files >= FILES_MAX:
                 raise InUse(
-                    f"This mount shows {TREES_MAX} commits already; unmount it and mount it again, or mount {repo} alone."
+                    f"This mount shows {len(self._snapshots)} commits with {files} files already; unmount it and mount it again, or mount"
+                    f" {repo} alone."
                 )
             snapshot = await self._catalog.snapshot(repo, commit, self.access)
             if (denial := self._catalog.denial(snapshot, self.access)) is not None:

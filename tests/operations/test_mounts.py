@@ -253,12 +253,13 @@ async def test_a_mount_holds_what_it_has_shown(tmp_path: Path, hub: MemoryHub) -
         assert mount.held == {(MODEL, FIRST): snapshot}
 
 
+@pytest.mark.parametrize("bound", ["TREES_MAX", "FILES_MAX"])
 @pytest.mark.trio
 async def test_what_a_mount_may_hold_is_bounded(
-    tmp_path: Path, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+    bound: str, tmp_path: Path, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mounts_module, "FROZEN_MAX", 2)
-    monkeypatch.setattr(mounts_module, "TREES_MAX", 1)
+    monkeypatch.setattr(mounts_module, bound, 1)
     async with node(tmp_path, hub) as n:
         mount = scope(n)
         await mount.freeze(MODEL, None)
@@ -267,7 +268,7 @@ async def test_what_a_mount_may_hold_is_bounded(
             await mount.freeze(OTHER, None)
         assert await mount.freeze(MODEL, None) == FIRST
         await mount.snapshot(MODEL, FIRST)
-        with pytest.raises(InUse, match="shows 1 commits already; unmount"):
+        with pytest.raises(InUse, match="shows 1 commits with 2 files already; unmount"):
             await mount.snapshot(OTHER, SECOND)
         await mount.snapshot(MODEL, FIRST)
 
