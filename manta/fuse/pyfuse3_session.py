@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 REQUESTS_MAX = 8192
 """FUSE requests served at once. A read that waits for the network holds one, and must not keep out a lookup or the read of a cached file:
-so this is twice what the kernel sends of its own accord (`kernel_settings.BACKGROUND_MAX`). A waiting read takes about 11 KB."""
+so this is twice what the kernel sends of its own accord (`kernel_settings.BACKGROUND_MAX`). A waiting read takes about 9 KB."""
 
 LISTED_MAX = 512
 """Entries in one reply to a listing. The kernel has room for thousands, and readers would wait for 10 µs times that."""

@@ -89,3 +89,19 @@ def test_a_read_error_in_a_thread_is_an_error_of_the_program(tmp_path: Path) -> 
     with pytest.raises(subprocess.CalledProcessError) as failed:
         run("random", str(tmp_path), "--block", "4096", "--threads", "2", "--seed", "1")
     assert "IsADirectoryError" in failed.value.stderr
+
+
+def test_a_folder_is_looked_at(tmp_path: Path) -> None:
+    names = [f"folder/{number}" for number in range(5)]
+    (tmp_path / "top" / "folder").mkdir(parents=True)
+    for number, name in enumerate(names):
+        (tmp_path / "top" / name).write_bytes(bytes(number))
+    listed = tmp_path / "names"
+    listed.write_text("\n".join(names))
+    top = str(tmp_path / "top")
+    (found,) = run("find", top)
+    (asked,) = run("stat", top, "--names", str(listed))
+    assert (found["entries"], found["total"]) == (asked["entries"], asked["total"]) == (5, 10)
+    (opened,) = run("open", top, "--names", str(listed), "--times", "3")
+    assert len(opened["open_s"]) == 15
+    assert 0 < max(opened["open_s"]) < opened["ended"] - opened["began"]
