@@ -22,9 +22,10 @@ of bytes every half second, so it must be more than that."""
 SILENCE_FACTOR = 4.0
 """And nothing for this many usual waits for a first byte."""
 
-SLOW_SECONDS = 1.0
-SLOW_FACTOR = 3.0
-"""An order that would need this many times what is usual for the rest, and this much longer, is slow."""
+SLOW_SECONDS = 2.0
+SLOW_FACTOR = 4.0
+"""An order that would need this many times what is usual for the rest, and this much longer, is slow. Eight connections on one full link
+take turns unevenly: one may have a fifth of its share for a second."""
 
 WASTE_SHARE = 1 / 16
 WASTE_BYTES = 32 * 1024 * 1024

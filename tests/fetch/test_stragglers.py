@@ -44,9 +44,9 @@ def test_silence_counts_from_the_last_byte() -> None:
 
 
 def test_a_trickle_is_slow() -> None:
-    one = course(came=100_000, first=0.1, last=2.0)
-    assert usual().slow(one, [one], 2.0)
-    assert hedged(usual(), [one], 2.0) == [one]
+    one = course(came=100_000, first=0.1, last=3.0)
+    assert usual().slow(one, [one], 3.0)
+    assert hedged(usual(), [one], 3.0) == [one]
 
 
 def test_what_all_do_is_not_slow() -> None:
