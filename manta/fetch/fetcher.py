@@ -386,7 +386,8 @@ class Fetcher:
         if not verdict.retry:
             self._scheduler.finished(want)
             kind = BY_CODE.get(failure.reason, Unavailable)
-            self._give_up(transfer, kind(f"{transfer.name}: {failure.message}. {_ADVICE[failure.reason]}"), want.chunk)
+            error = kind(f"{transfer.name}: {failure.message}. {_ADVICE[failure.reason]}")
+            self._give_up(transfer, error, want.chunk, flight.course.began)
             return
         self._scheduler.again(want, now + verdict.pause_s if verdict.pause_s else 0.0)
         if verdict.origin_pause_s:
@@ -398,7 +399,7 @@ class Fetcher:
         self._throttles.pause(location.origin, now + pause_s)
         log.warning("%s asks for a pause of %.0f s", location.origin, pause_s)
 
-    def _give_up(self, transfer: Transfer, error: MantaError, chunk: int | None) -> None:
+    def _give_up(self, transfer: Transfer, error: MantaError, chunk: int | None, began: float = math.inf) -> None:
         """Tells the readers. Background work on the blob ends too: it would fail the same way; the next read starts it again."""
         if chunk is None:
             transfer.attempts.clear()
@@ -406,7 +407,7 @@ class Fetcher:
         else:
             transfer.attempts.pop(chunk, None)
             self._scheduler.unwant_whole(transfer.blob.id)
-        transfer.fail(error, chunk)
+        transfer.fail(error, chunk, began)
         self._failed(transfer.sources.best, error)
 
 

@@ -5,6 +5,7 @@ Lives in the daemon's trio thread. It does no I/O and starts nothing: `manta.fet
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -30,9 +31,15 @@ worth the second request: 8 ms at 1 Gbit/s, as long as a near round trip. Measur
 0.86-0.93 of the link with whole chunks, 0.93-0.95 with parts."""
 
 
+LATE_SECONDS = 1.0
+"""For so long after a reader's time was over, and unless something has come, who asks next is told the same: the kernel asks for each page
+once more by itself when its readahead has failed, and a program would wait twice as long as it was promised."""
+
+
 @dataclass(eq=False, slots=True)
 class _Waiter:
     extent: Extent | None  # None: the whole blob, and its seal
+    since: float = field(default_factory=trio.current_time)
     woken: trio.Event = field(default_factory=trio.Event)
     error: MantaError | None = None
 
@@ -71,6 +78,9 @@ class Transfer:
         self.paused_until = 0.0
         """The origin asked for a pause until then (trio's clock): that nothing comes is no reason to give up."""
         self._refusal: tuple[MantaError, float] | None = None  # the hub's, and until when it is not asked again
+        self._late: tuple[MantaError, float, int] | None = (
+            None  # a reader's whose time was over, until when, and `came` then
+        )
         self._arrived: dict[int, ExtentSet] = {}  # bytes of chunks that are not complete
         self._waiters: set[_Waiter] = set()
         self._scheduler = scheduler
@@ -101,6 +111,10 @@ class Transfer:
         """
         if self.readable(extent):
             return
+        if self._late is not None:
+            error, until, came = self._late
+            if trio.current_time() < until and self.came == came:
+                raise error
         waiter = _Waiter(extent)
         self._waiters.add(waiter)
         try:
@@ -117,10 +131,12 @@ class Transfer:
                 why = "it had the wrong digest, so nothing is given out before all has come anew and been verified"
             else:
                 why = self.trouble or "the origin or the network is too slow or stuck"
-            raise Unavailable(
+            late = Unavailable(
                 f"{self.name}: what was read did not come within {self._patience_s:g} s: {why.rstrip('.')}."
                 " Try again, or look at `manta status`."
             )
+            self._late = late, trio.current_time() + LATE_SECONDS, self.came
+            raise late
         finally:
             self._waiters.discard(waiter)
 
@@ -254,11 +270,12 @@ class Transfer:
             ):
                 waiter.woken.set()
 
-    def fail(self, error: MantaError, chunk: int | None = None) -> None:
-        """Gives `error` to those who wait for `chunk` (None: for anything)."""
+    def fail(self, error: MantaError, chunk: int | None = None, began: float = math.inf) -> None:
+        """Gives `error` to those who wait for `chunk` (None: for anything). Who came after `began`, when the last attempt was made, asks
+        for another."""
         for waiter in self._waiters:
             if chunk is None or waiter.extent is None or chunk in self.blob.grid.chunks(waiter.extent):
-                waiter.error = error
+                waiter.error = error if waiter.since <= began else None
                 waiter.woken.set()
 
     def pause(self, until: float) -> None:

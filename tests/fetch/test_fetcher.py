@@ -23,6 +23,7 @@ from manta.fetch.retry import ATTEMPTS_MAX, REFUSALS_MAX
 from manta.fetch.scheduler import Priority
 from manta.fetch.sources import Provenance
 from manta.fetch.stragglers import SILENCE_SECONDS
+from manta.fetch.transfer import LATE_SECONDS
 from manta.model.extents import Extent
 from manta.model.snapshot import FileEntry
 from manta.testing.workers import SECRET, Order, failed
@@ -144,6 +145,7 @@ async def test_a_reader_has_a_deadline_and_the_fetch_has_not(autojump_clock: Moc
             await world.read_once(file, 0, 100)
         assert trio.current_time() - began == pytest.approx(20)
         fault.release()
+        await trio.sleep(LATE_SECONDS)
         await world.read_once(file, 0, 100)
         assert len(world.workers.fetches) == 2  # it was hedged
 
@@ -803,6 +805,42 @@ async def test_no_secret_is_logged(autojump_clock: MockClock, world: World, capl
 async def swallow(read: Callable[..., object], *arguments: object) -> None:
     with pytest.raises(MantaError):
         await read(*arguments)  # type: ignore[misc]
+
+
+async def test_who_comes_during_the_last_attempt_gets_attempts_of_its_own(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        world.workers.fault("fetch", failed(), times=ATTEMPTS_MAX - 1)
+        last = world.workers.fault("fetch", failed(), hold=True)
+        world.workers.fault("fetch", failed())  # its hedge
+        async with trio.open_nursery() as readers:
+            readers.start_soon(swallow, world.read_once, file, 0, 10)
+            await last.reached.wait()
+            await trio.sleep(0.1)
+            readers.start_soon(world.read_once, file, 0, 10)
+            await trio.sleep(0.1)
+            last.release()
+
+
+async def test_the_kernels_second_question_after_a_deadline_is_answered_at_once(
+    autojump_clock: MockClock, make_world: MakeWorld
+) -> None:
+    world = make_world(read_timeout_s=20.0)
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        fault = world.workers.fault("fetch", hold=True, times=None)
+        transfer = world.fetcher.open(file.provenance)
+        began = trio.current_time()
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="did not come within 20 s"):
+                await world.read(file, transfer, 0, 100)
+        assert trio.current_time() - began == pytest.approx(20)
+        await trio.sleep(LATE_SECONDS)
+        fault.release()
+        await world.read(file, transfer, 0, 100)
+        world.fetcher.close(transfer)
 
 
 # Stragglers --------------------------------------------------------------------------------------------------------------

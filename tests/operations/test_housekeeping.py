@@ -119,7 +119,7 @@ async def test_names_select_blobs(tmp_path: Path, hub: MemoryHub) -> None:
         ("org/missing", Absent, "mount it or prefetch it first"),
         ("org/name@v9", Absent, "org/name@v9 is not in the cache"),
         (f"org/name@{SECOND}", Absent, "is not in the cache"),
-        ("org/name/nowhere", Absent, "has no folder 'nowhere'"),
+        ("org/name/nowhere", Absent, "has no folder or file 'nowhere'"),
         ("org/name/a.bin", Absent, "a single file is named by its blob id"),
         ("a/b/../c", Invalid, "cannot exist"),
     ],
