@@ -348,10 +348,10 @@ class Daemon:
             origin_bytes=self._fetcher.origin_meter.total,
             read_bytes=self._read_bytes,
             workers=len(self._workers.pids),
-            errors=[
+            errors=self._failures.all(),
+            problems=[
                 *filter(None, (self._pins.problem, self._room.problem)),
                 *self._circuits.reasons(),
-                *self._failures.all(),
             ],
         )
 

@@ -5,6 +5,7 @@ Used by the rest of `manta.cache`, and by whoever reads a blob's descriptor itse
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from manta.errors import CacheBroken, MantaError, NoSpace
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of a file that is being written and not yet in its place. One that is found later is left over from a crash."""
+
+_SYNC_FILE_RANGE_WAIT_BEFORE = 1
+_PAGE_BYTES_MAX = 1 << 21
 
 _REMEDY = {
     errno.EROFS: "Remount its filesystem writable (the kernel log says why it is not), or name another cache directory.",
@@ -47,6 +51,21 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(error, path, doing) from error
+
+
+def writeback_error(fd: int) -> OSError | None:
+    """Why the disk did not take what was written to a file that `fd` has open, told once; None where it took everything so far.
+
+    The kernel calls pages clean that it could not write: it drops them when it likes, and then a read gives what the disk has. It tells
+    of it at the next sync; this asks without waiting for any write (a range beyond the end has none).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    beyond = ctypes.c_int64(os.fstat(fd).st_size + _PAGE_BYTES_MAX)
+    if libc.sync_file_range(fd, beyond, ctypes.c_int64(1), _SYNC_FILE_RANGE_WAIT_BEFORE) == 0:
+        return None
+    number = ctypes.get_errno()
+    # A filesystem or a sandbox without the call: the seal's fdatasync tells.
+    return OSError(number, os.strerror(number)) if number in {errno.EIO, errno.ENOSPC, errno.EDQUOT} else None
 
 
 def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import UUID, uuid4
 
 from manta.cache.chunkmap import read_outline
 from manta.cache.digests import READ_BYTES, extent_digest
@@ -32,8 +31,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Called in the worker thread with the bytes checked since the last call, once per chunk. What it raises ends the work and comes out."""
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
 
 @dataclass(frozen=True, slots=True)
 class Scan:
@@ -44,15 +41,6 @@ class Scan:
     """Complete, and not sealed: the last daemon ended before it compared them with their ids."""
     dropped: list[Path] = field(default_factory=list)
     """Files that belonged to nothing and were removed."""
-
-
-def current_boot_id() -> bytes:
-    """16 bytes that change when the host boots. Where the kernel does not say, they are never the same, so that everything is doubted."""
-    try:
-        return UUID(_BOOT_ID.read_text("ascii").strip()).bytes
-    except (OSError, ValueError) as error:
-        logger.warning("The kernel tells no boot id (%s): unsealed blobs are verified again at every start.", error)
-        return uuid4().bytes
 
 
 def scan(layout: Layout) -> Scan:

@@ -19,10 +19,11 @@ from types import TracebackType
 from typing import Self
 
 from manta.cache import recovery
-from manta.cache.chunkmap import ChunkMap
+from manta.cache.chunkmap import ChunkMap, remove_map
 from manta.cache.condemned import Condemned
 from manta.cache.descriptors import IDLE_MAX, CacheFile, Descriptors
-from manta.cache.disk import disk_error, disk_errors, fsync_directory
+from manta.cache.disk import disk_error, disk_errors, fsync_directory, writeback_error
+from manta.cache.incarnation import incarnation
 from manta.cache.inventory import BlobInfo, Inventory
 from manta.cache.layout import DOOMED_SUFFIX, Layout
 from manta.cache.lock import DirectoryLock
@@ -36,6 +37,11 @@ SIZE_MAX = 16 * 1024**4
 """Bytes in the largest blob: the most that a file on ext4 can have, far more than a hub takes. Its presence takes 2 MiB of memory; the size
 comes from the origin, and memory is taken by it before the disk could refuse.
 """
+
+
+UNSYNCED_MAX = 64
+"""Blobs that were closed unsealed since the last look at the directory. Whether their bytes reach the disk the kernel tells only to who has
+the file open; of more than these it is asked when they are opened again."""
 
 
 class Blob:
@@ -57,6 +63,7 @@ class Blob:
         self._map = chunk_map
         self._holders = 1
         self._used = True
+        self._written = False
         self._noting = threading.Lock()
         self._sealing = threading.Lock()
 
@@ -130,6 +137,7 @@ class Blob:
 
         Raises NoSpace and CacheBroken, after which the chunk is missing; Corrupt where a sealed blob has another digest for it.
         """
+        self._written = True
         try:
             self._map.record(chunk, digest)
         finally:
@@ -175,9 +183,7 @@ class Blob:
             try:
                 os.fdatasync(fd)
             except OSError as error:
-                # After a failed sync the kernel calls the pages clean although the disk does not have them: later reads could be wrong.
-                with suppress(MantaError):
-                    self.discard(f"the disk did not take it ({error.strerror})")
+                self._lost(error)
                 raise disk_error(error, self.path, "sealing a blob") from error
             try:
                 self._map.mark_sealed(generation)
@@ -186,6 +192,23 @@ class Blob:
             with disk_errors(self.path, "sealing a blob"):
                 fsync_directory(self.path.parent)
                 fsync_directory(self.path.parent.parent)
+
+    def check_written(self) -> None:
+        """Makes every chunk missing where the disk did not take what was written in the background. Sealed blobs were taken."""
+        if self.sealed:
+            return
+        with self.descriptor() as fd:
+            error = writeback_error(fd)
+        if error is not None:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        """After a failed sync the kernel calls pages clean although the disk does not have them: later reads could be wrong. Without its
+        map the blob begins with new files when it is opened next."""
+        with suppress(MantaError):
+            self.discard(f"the disk did not take it ({error.strerror})")
+        with suppress(OSError):
+            remove_map(self._map.path)
 
     def hold(self) -> Self:
         """One more holder, who calls `close` too: for work in a thread that outlives the caller. ``with blob.hold(): ...``"""
@@ -228,7 +251,7 @@ class Store:
     ) -> None:
         """SLOW: locks and prepares the directory, and scans it. `descriptors_max`: cache files kept open while nobody uses them.
         `journal` is a file on another disk, see `manta.cache.condemned`;
-        `boot_id` (None: the kernel's) and `clock` (epoch seconds) are for tests.
+        `boot_id` (None: `manta.cache.incarnation`) and `clock` (epoch seconds) are for tests.
 
         Raises InUse where another daemon has the directory, Invalid where it is none of ours, NoSpace, and CacheBroken where it cannot be
         read and written.
@@ -236,10 +259,13 @@ class Store:
         self.layout = Layout(directory)
         self._chunk_size = chunk_size
         self._clock = clock
-        self._boot_id = recovery.current_boot_id() if boot_id is None else boot_id
+        self._fixed_boot_id = boot_id
         self._lock = threading.RLock()
         self._open: dict[BlobId, Blob] = {}
         self._descriptors = Descriptors(descriptors_max)
+        self._unsynced: dict[
+            BlobId, tuple[int, int]
+        ] = {}  # closed unsealed: size, and a descriptor to hear of failed writes
         self.layout.claim()
         self._directory_lock = DirectoryLock(self.layout.lock)
         try:
@@ -253,6 +279,7 @@ class Store:
         self._stamp_refused = False
 
     def _scanned(self) -> Inventory:
+        self._boot_id = incarnation(self.directory) if self._fixed_boot_id is None else self._fixed_boot_id
         self.recovered = recovery.scan(self.layout)
         """What was found in the directory. Its `unsealed` blobs are complete and wait for their digest to be compared."""
         inventory = Inventory(info for info in self.recovered.blobs if info.id not in self._condemned)
@@ -289,6 +316,7 @@ class Store:
         place where ours was mounted: nothing is written there. Raises CacheBroken while it is gone; InUse, Invalid, NoSpace.
         """
         self._condemned.retry()
+        self._check_written()
         if self._directory_lock.holds(self.layout.lock) and self.layout.blobs.is_dir():
             return False
         with disk_errors(self.directory, "looking for the cache directory"):
@@ -318,6 +346,20 @@ class Store:
             len(inventory.listing()),
         )
         return True
+
+    def _check_written(self) -> None:
+        for blob in [blob for blob in self._open.values() if blob._written]:
+            with suppress(ValueError), blob.hold():  # closed meanwhile
+                blob.check_written()
+        while self._unsynced:
+            blob_id, (size, fd) = self._unsynced.popitem()
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                with suppress(MantaError), self.open_blob(blob_id, size, use=False) as closed:
+                    closed._lost(error)
+            finally:
+                os.close(fd)
 
     def _check_return(self) -> None:
         """Raises OSError (ENOENT) where what is at our path now is not for us to use."""
@@ -395,6 +437,9 @@ class Store:
                 blob._holders = 1
                 blob.close()
             self._condemned.retry()
+            for _, fd in self._unsynced.values():
+                os.close(fd)
+            self._unsynced.clear()
             self._directory_lock.release()
 
     def __enter__(self) -> Self:
@@ -426,9 +471,14 @@ class Store:
         try:
             chunk_map = ChunkMap.load(map_path, blob, grid, self._boot_id, self._descriptors)
             if chunk_map is None or os.fstat(fd).st_size != grid.size:
-                # The map first: a map must never be found beside data that is not its own.
+                # The map first: a map must never be found beside data that is not its own. A new file, because the disk may have
+                # spoiled the old one in a way that no truncation mends.
                 map_path.unlink(missing_ok=True)
-                os.ftruncate(fd, 0)
+                data.unlink(missing_ok=True)
+                replacement = os.open(data, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                os.dup2(replacement, fd, inheritable=False)
+                os.close(replacement)
+                created = True
                 os.ftruncate(fd, grid.size)
                 chunk_map = ChunkMap.create(map_path, blob, grid, self._boot_id, self._descriptors)
             file = CacheFile(self._descriptors, data, fd, writable=not read_only)
@@ -438,7 +488,9 @@ class Store:
                 with suppress(OSError):
                     data.unlink()
             raise
-        return Blob(self, file, chunk_map)
+        opened = Blob(self, file, chunk_map)
+        opened.check_written()
+        return opened
 
     def _hold(self, blob: Blob) -> None:
         with self._lock:
@@ -453,6 +505,9 @@ class Store:
             blob._holders -= 1
             if blob._holders:
                 return
+            if blob._written and not blob.sealed and len(self._unsynced) < UNSYNCED_MAX:
+                with suppress(OSError), blob._file.used() as fd:
+                    self._unsynced[blob.id] = blob.size, os.dup(fd)
             if blob._used:
                 now = self._clock()
                 self._stamp(blob, now)

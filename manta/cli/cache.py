@@ -64,7 +64,6 @@ def verify(invocation: Invocation) -> int:
         return client, client.verify(request)
 
     client, job = with_daemon(invocation.config, ask)
-    began = time.monotonic()
     try:
         job = follow(invocation, client, job)
     except KeyboardInterrupt:
@@ -72,13 +71,12 @@ def verify(invocation: Invocation) -> int:
         console.document(job)
         console.warn("stopped; what was found damaged until then is not served any more")
         return INTERRUPTED
-    took = time.monotonic() - began
     console.document(job)
     for problem in job.problems:
         console.warn(problem)
-    looked_at = f"{plural(job.files_total, 'blob')}, {size(job.bytes_done)} in {took:.1f} s"
-    if took:
-        looked_at += f" ({rate(job.bytes_done / took)})"
+    looked_at = f"{plural(job.files_total, 'blob')}, {size(job.bytes_done)}"
+    if job.seconds:
+        looked_at += f" in {job.seconds:.1f} s ({rate(job.bytes_done / job.seconds)})"
     if job.state == "done":
         matched = "the hub's digests and their own" if request.full else "their digests"
         console.tell(f"{looked_at}: all match {matched}.")

@@ -17,6 +17,8 @@ def status(invocation: Invocation) -> int:
     seen = invocation.connect().status()
     console.document(seen)
     _say_daemon(console, seen)
+    if seen.problems:
+        console.say("", "WHAT IS WRONG NOW", *(f"  {sentence}" for sentence in seen.problems))
     _say_mounts(console, seen.mounts)
     _say_transfers(console, seen.transfers)
     if seen.errors:

@@ -117,6 +117,8 @@ class Status(msgspec.Struct, frozen=True):
     workers: int
     errors: list[str]
     """The latest sentences, newest last, at most 16."""
+    problems: list[str] = []
+    """What is wrong with the cache now, and what to do."""
 
 
 class PrefetchRequest(msgspec.Struct, frozen=True):
@@ -145,6 +147,8 @@ class Job(msgspec.Struct, frozen=True):
     rate: float
     problems: list[str]
     """What went wrong, a sentence each, at most 100; a verify job lists the damaged blobs."""
+    seconds: float = 0.0
+    """How long it has run."""
     damaged: int = 0
     """Chunks that a verify job found damaged."""
     repaired: int = 0

@@ -43,6 +43,7 @@ class _Job:
     kind: Literal["prefetch", "verify"]
     name: str
     scope: trio.CancelScope
+    began: float
     state: JobState = "running"
     files_total: int = 0
     files_done: int = 0
@@ -163,7 +164,7 @@ class Jobs:
         for number, (at, old) in enumerate(reversed(ended)):
             if number >= KEPT_MAX or now - at > KEPT_SECONDS:
                 del self._jobs[old]
-        job = _Job(str(next(self._numbers)), kind, name, trio.CancelScope())
+        job = _Job(str(next(self._numbers)), kind, name, trio.CancelScope(), now)
         self._jobs[job.id] = job
         return job
 
@@ -220,6 +221,7 @@ class Jobs:
             bytes_done=done,
             rate=job.meter.rate(now) if job.state == "running" else 0.0,
             problems=list(job.problems),
+            seconds=(now if job.ended is None else job.ended) - job.began,
             damaged=job.damaged,
             repaired=job.repaired,
         )

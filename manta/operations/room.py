@@ -61,7 +61,7 @@ class Room:
         """What readers get for what is not cached, while nothing can be fetched."""
         self.problem: str | None = None
         """A sentence for `manta status` while a bound cannot be kept, or the directory is not what it was."""
-        self._matter: object = None
+        self._said: set[object] = set()
 
     # For the fetcher -------------------------------------------------------------------------------------------------
 
@@ -208,12 +208,15 @@ class Room:
         return open_bytes, pinned_bytes, mounted_bytes
 
     def _say(self, problem: str | None, matter: object) -> None:
-        """Into the log when it is another `matter` than before: the figures in a sentence change all the time."""
-        if problem is not None and matter != self._matter:
+        """Into the log once per `matter` until all is well: the figures in a sentence change all the time."""
+        if problem is None:
+            if self.problem is not None:
+                log.info("the cache is well again: everything is fetched")
+            self._said.clear()
+        elif matter not in self._said:
             log.warning("%s", problem)
-        elif problem is None and self.problem is not None:
-            log.info("the cache is well again: everything is fetched")
-        self.problem, self._matter = problem, matter
+            self._said.add(matter)
+        self.problem = problem
 
 
 def _size(count: int) -> str:

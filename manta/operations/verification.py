@@ -32,8 +32,8 @@ ORDER_BYTES = 64 * 1024 * 1024
 ORDERS_MAX = 2
 """Orders at once: a disk that readers use should not have a long queue of ours, and two threads hash faster than disks read."""
 
-NAMED_MAX = 4
-"""Damaged chunks of one blob that a sentence names."""
+NAMED_MAX = 8
+"""Damaged chunks of one kind that a sentence names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Verification:
             if repair is None:
                 return Findings(
                     len(damaged),
-                    sentence=f"{found}. It is not served any more; it is fetched anew when it is read, or by"
+                    sentence=f"{found}. They are not served any more; they are fetched anew when they are read, or by"
                     " `manta cache verify --repair`.",
                 )
             try:
@@ -100,10 +100,10 @@ class Verification:
             except MantaError as e:
                 return Findings(
                     len(damaged),
-                    sentence=f"{found}. It is not served any more, and could not be fetched anew: {e.message}",
+                    sentence=f"{found}. They are not served any more, and could not be fetched anew: {e.message}",
                 )
-            done = "was fetched anew, and the whole matches the hub's digest" if was_sealed else "was fetched anew"
-            return Findings(len(damaged), len(damaged), f"{found}. It {done}.")
+            done = "were fetched anew, and the whole matches the hub's digest" if was_sealed else "were fetched anew"
+            return Findings(len(damaged), len(damaged), f"{found}. They {done}.")
 
     # Finding ---------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Verification:
     async def _refetch(self, blob: Blob, chunks: list[int], provenances: list[Provenance], *, whole: bool) -> None:
         """Has `chunks` again; `whole`: and the blob sealed. Raises what became of the fetch."""
         if not provenances:
-            raise Absent("no stored commit shows it. It is fetched when a mount shows it and it is read.")
+            raise Absent("No stored commit shows this blob; a mount that shows it fetches it when it is read.")
         transfer = self._fetcher.open(provenances[0])
         for provenance in provenances[:0:-1]:
             transfer.sources.add(provenance)
@@ -207,12 +207,12 @@ class Verification:
 
 
 def _described(damaged: dict[int, str], chunks: int) -> str:
-    """chunk 3 of 10 does not match its digest"""
-    first = sorted(damaged)[:NAMED_MAX]
-    if len(damaged) == chunks and len(set(damaged.values())) == 1:
-        return (
-            f"each of its {chunks} chunks {damaged[first[0]]}" if chunks > 1 else f"its one chunk {damaged[first[0]]}"
-        )
-    listed = ", ".join(f"chunk {chunk} of {chunks} {damaged[chunk]}" for chunk in first)
-    more = f", and {len(damaged) - len(first)} more" if len(damaged) > len(first) else ""
-    return listed + more
+    """2 of 10 chunks are damaged: 3, 7 (does not match its digest)"""
+    by_kind: dict[str, list[int]] = {}
+    for chunk in sorted(damaged):
+        by_kind.setdefault(damaged[chunk], []).append(chunk)
+    parts = []
+    for how, numbers in by_kind.items():
+        more = f" and {len(numbers) - NAMED_MAX} more" if len(numbers) > NAMED_MAX else ""
+        parts.append(f"{', '.join(map(str, numbers[:NAMED_MAX]))}{more} ({how})")
+    return f"{len(damaged)} of {chunks} chunk{'s' * (chunks > 1)} {'are' if len(damaged) > 1 else 'is'} damaged: {'; '.join(parts)}"

@@ -32,9 +32,10 @@ def verify(order: Verify, fd: int) -> Verified:
     """SLOW. What cannot be read counts as damaged: nobody else can read it either."""
     buffer = bytearray(READ_BYTES)
     damaged = []
-    for start, end, digest in order.chunks:
+    # Asked before the first is read: the kernel's readahead runs into the next.
+    cached = [_mostly_cached(fd, Extent(start, end)) for start, end, _ in order.chunks]
+    for (start, end, digest), was_cached in zip(order.chunks, cached, strict=True):
         extent = Extent(start, end)
-        was_cached = _mostly_cached(fd, extent)
         try:
             if extent_digest(fd, extent, buffer) != digest:
                 damaged.append((start, "does not match its digest"))
@@ -48,7 +49,7 @@ def verify(order: Verify, fd: int) -> Verified:
 
 
 def _mostly_cached(fd: int, extent: Extent) -> bool:
-    """Whether more than half of `extent` is in the page cache: the kernel's readahead may have brought its beginning just now."""
+    """Whether more than half of `extent` is in the page cache: the readahead of an earlier order may have brought its beginning."""
     asked, pages = _Range(extent.start, len(extent)), _Pages()
     if ctypes.CDLL(None).syscall(_SYS_CACHESTAT, fd, ctypes.byref(asked), ctypes.byref(pages), 0) != 0:
         return True

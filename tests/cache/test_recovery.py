@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from manta.cache import recovery
-from manta.cache.recovery import current_boot_id, scan, settle_doubtful
+from manta.cache.recovery import scan, settle_doubtful
 from manta.cache.store import Blob, Store
 from manta.errors import CacheBroken
 from manta.model.extents import Extent
@@ -125,13 +125,6 @@ def test_a_scan_of_a_vanished_directory_is_a_broken_cache(tmp_path: Path) -> Non
         store.layout.blobs.rmdir()
         with pytest.raises(CacheBroken):
             scan(store.layout)
-
-
-def test_the_boot_id_is_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert len(current_boot_id()) == 16
-    assert current_boot_id() == current_boot_id()
-    monkeypatch.setattr(recovery, "_BOOT_ID", tmp_path / "absent")
-    assert current_boot_id() != current_boot_id(), "unknown: everything is doubted"
 
 
 # After a host crash --------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def job(state: str = "done", done: int = 1000, **changes: Any) -> Job:
         "bytes_total": 1000,
         "rate": 0.0,
         "problems": [],
+        "seconds": 2.0,
         **changes,
     }
     return msgspec.convert({**values, "state": state, "bytes_done": done}, Job)

@@ -40,8 +40,8 @@ class Node:
         self._one_ended = trio.Event()
         self.discarded: list[BlobId] = []
         self.mounts = Mounts(self.catalog, store, root, lambda mounted: self.gone.append(mounted.id))
-        verification = Verification(store, self.metadata, hub.workers, blobs.fetcher, self.discarded.append)
-        self.jobs = Jobs(nursery, self.catalog, blobs.fetcher, store, verification, self._count_ended)
+        self.verification = Verification(store, self.metadata, hub.workers, blobs.fetcher, self.discarded.append)
+        self.jobs = Jobs(nursery, self.catalog, blobs.fetcher, store, self.verification, self._count_ended)
         self.housekeeping = self.housekeeping_with(CacheConfig())
 
     def housekeeping_with(self, config: CacheConfig) -> Housekeeping:

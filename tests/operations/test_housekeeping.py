@@ -120,7 +120,8 @@ async def test_names_select_blobs(tmp_path: Path, hub: MemoryHub) -> None:
         ("org/name@v9", Absent, "org/name@v9 is not in the cache"),
         (f"org/name@{SECOND}", Absent, "is not in the cache"),
         ("org/name/nowhere", Absent, "has no folder or file 'nowhere'"),
-        ("org/name/a.bin", Absent, "a single file is named by its blob id"),
+        (f"org/name@{SECOND[:12]}", Absent, "is not in the cache"),
+        ("sha256-0000000", Invalid, "is not a sha256 blob id"),
         ("a/b/../c", Invalid, "cannot exist"),
     ],
 )
