@@ -35,7 +35,7 @@ class CacheConfig:
     size: int = 0
     """Bytes that cached blobs may take together; 0 is no limit. Readings like "500GiB" in text."""
     free_space_floor: int = 1024**3
-    """Bytes of the disk that Manta leaves free."""
+    """Bytes of the disk that Manta leaves free; counts as half of the disk at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ file is removed, and with it all that it said (a data file without a map is drop
 `condemned`, and the store tries on (`manta.cache.condemned`).
 
 A killed daemon loses nothing that it wrote: the kernel has it. After a host crash neither the map nor the data can be believed, which is
-seen by the boot id: then every chunk of an unsealed blob is *doubtful*, that is not present until its bytes were checked against its
-entry. Sealed blobs were fsynced, data before entries before flag, and stay present. The boot id becomes today's when no doubt is left.
-A peer server follows the same rule: it serves nothing of an unsealed map with another boot id.
+seen by the boot id (`manta.cache.incarnation`: it changes also when the disk is mounted anew): then every chunk of an unsealed blob is
+*doubtful*, that is not present until its bytes were checked against its entry. Sealed blobs were fsynced, data before entries before flag,
+and stay present. The boot id becomes today's when no doubt is left. A peer server follows the same rule: it serves nothing of an unsealed
+map with another boot id.
 """
 
 from __future__ import annotations

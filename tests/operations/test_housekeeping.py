@@ -105,6 +105,11 @@ async def test_names_select_blobs(tmp_path: Path, hub: MemoryHub) -> None:
             (["org/name@main/sub"], {B_ID}),
             ([f"org/name@{FIRST}"], {A_ID, B_ID}),
             (["org/other@main", str(B_ID)], {A_ID, B_ID, C_ID}),
+            # As `manta cache ls` shows them.
+            ([f"org/name@{FIRST[:12]}"], {A_ID, B_ID}),
+            ([f"org/name@{FIRST[:12]}/sub/b.bin"], {B_ID}),
+            (["org/name/a.bin"], {A_ID}),
+            ([str(C_ID)[:19]], {C_ID}),
             ([], set()),
         ):
             assert await n.housekeeping.select(names) == blobs, names
