@@ -263,9 +263,8 @@ class Store:
         self._lock = threading.RLock()
         self._open: dict[BlobId, Blob] = {}
         self._descriptors = Descriptors(descriptors_max)
-        self._unsynced: dict[
-            BlobId, tuple[int, int]
-        ] = {}  # closed unsealed: size, and a descriptor to hear of failed writes
+        self._unsynced: dict[BlobId, tuple[int, int]] = {}
+        """Closed unsealed: their size, and a descriptor to hear of failed writes."""
         self.layout.claim()
         self._directory_lock = DirectoryLock(self.layout.lock)
         try:
@@ -351,8 +350,10 @@ class Store:
         for blob in [blob for blob in self._open.values() if blob._written]:
             with suppress(ValueError), blob.hold():  # closed meanwhile
                 blob.check_written()
-        while self._unsynced:
-            blob_id, (size, fd) = self._unsynced.popitem()
+        for blob_id in list(self._unsynced):
+            size, fd = self._unsynced.pop(blob_id, (0, -1))
+            if fd < 0:
+                continue  # removed meanwhile
             try:
                 os.fdatasync(fd)
             except OSError as error:
@@ -360,6 +361,11 @@ class Store:
                     closed._lost(error)
             finally:
                 os.close(fd)
+
+    def _forget_unsynced(self, blob: BlobId) -> None:
+        _, fd = self._unsynced.pop(blob, (0, -1))
+        if fd >= 0:
+            os.close(fd)
 
     def _check_return(self) -> None:
         """Raises OSError (ENOENT) where what is at our path now is not for us to use."""
@@ -420,6 +426,7 @@ class Store:
             # The map first: a map must never be found beside data that is not its own.
             self.layout.map(blob).unlink(missing_ok=True)
             self._inventory.drop(blob)
+            self._forget_unsynced(blob)  # or its space would stay taken
             with suppress(FileNotFoundError):
                 os.rename(data, doomed)
         # The unlink of a large file takes time: the name is free already, and who asks for the blob meanwhile gets a new file.
@@ -437,9 +444,8 @@ class Store:
                 blob._holders = 1
                 blob.close()
             self._condemned.retry()
-            for _, fd in self._unsynced.values():
-                os.close(fd)
-            self._unsynced.clear()
+            for blob_id in list(self._unsynced):
+                self._forget_unsynced(blob_id)
             self._directory_lock.release()
 
     def __enter__(self) -> Self:
@@ -505,7 +511,8 @@ class Store:
             blob._holders -= 1
             if blob._holders:
                 return
-            if blob._written and not blob.sealed and len(self._unsynced) < UNSYNCED_MAX:
+            doubtful = blob._written and not blob.sealed and blob.id not in self._unsynced
+            if doubtful and len(self._unsynced) < UNSYNCED_MAX:
                 with suppress(OSError), blob._file.used() as fd:
                     self._unsynced[blob.id] = blob.size, os.dup(fd)
             if blob._used:

@@ -688,3 +688,39 @@ def test_looking_after_a_blob_is_not_using_it(store: Store, clock: Clock) -> Non
     used = store.find(blob.id)
     assert used is not None
     assert used.last_used == clock.now
+
+
+# What the disk does not take ---------------------------------------------------------------------------------------------
+
+
+def test_what_was_closed_unsealed_is_synced_soon_and_thrown_away_where_the_disk_did_not_take_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for data in (DATA, OTHER):
+        with store.open_blob(blob_id(data), len(data)) as blob:
+            fetch(blob, data, 0)
+    honest, doomed = os.fdatasync, os.stat(store.layout.data(BLOB)).st_ino
+
+    def sync(fd: int) -> None:
+        if os.fstat(fd).st_ino == doomed:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        honest(fd)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    before = len(os.listdir("/proc/self/fd"))
+    store.look_after()
+    assert len(os.listdir("/proc/self/fd")) == before - 2
+    with store.open_blob(BLOB, 1000) as blob, store.open_blob(blob_id(OTHER), len(OTHER)) as other:
+        assert not blob.has(0)
+        assert other.has(0)
+        assert os.fstat(blob.fd).st_ino != doomed, "a new file: the disk may have spoiled the old one"
+        fetch(blob, DATA)
+        blob.seal()
+
+
+def test_a_removed_blob_frees_its_space_at_once(store: Store) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with store.open_blob(BLOB, 1000) as blob:
+        fetch(blob, DATA, 0)
+    store.remove(BLOB)
+    assert len(os.listdir("/proc/self/fd")) == before
