@@ -84,6 +84,7 @@ class FakeDaemon:
     endpoint: str = "https://huggingface.co"
     offline: bool = False
     errors: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     transfers: list[FileTransfer] = field(default_factory=list)
     listing: CacheListing = field(default_factory=lambda: CacheListing([], 0, 0))
     removal: Removal = field(default_factory=lambda: Removal([], 0, []))
@@ -225,4 +226,5 @@ class FakeDaemon:
             read_bytes=4_000_000,
             workers=2,
             errors=self.errors,
+            problems=self.problems,
         )

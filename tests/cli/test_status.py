@@ -23,6 +23,7 @@ def test_status_shows_what_the_daemon_knows(manta: Manta, daemon: FakeDaemon, pl
     manta("mount", "org/name@v1", place / "here")
     daemon.transfers = [FileTransfer("sha256-x", f"org/name/file{n}", 1000, 250) for n in range(12)]
     daemon.errors = ["The hub was gone."]
+    daemon.problems = ["The disk of the cache has 1 MB free."]
     out = manta("status").out
     for words in (
         "https://huggingface.co",
@@ -37,6 +38,8 @@ def test_status_shows_what_the_daemon_knows(manta: Manta, daemon: FakeDaemon, pl
         "org/name/file9",
         "and 2 more",
         "The hub was gone.",
+        "WHAT IS WRONG NOW",
+        "The disk of the cache has 1 MB free.",
     ):
         assert words in out, words
     assert "org/name/file11" in manta("status", "-v").out
