@@ -26,8 +26,9 @@ from manta.model.ids import BlobId
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 5.0
-"""How often the disk is looked at while nothing is fetched."""
+LOOK_SECONDS = 2.0
+"""How often the disk is looked at while nothing is fetched: how long what was held back waits when a person has made room. Costs a few
+system calls."""
 
 RETRY_SECONDS = 1.0
 """How long after an eviction that made no room the next one is tried: what is protected does not change faster than people act."""
