@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ print(digest.hexdigest())
 def read(directory: Path, at: int = 0, end: int = BIG_SIZE) -> str:
     """Reads a part of the big file: "" where every byte is right, else what went wrong."""
     done = subprocess.run(
-        ["python3", "-c", READ, str(directory / BIG_FILE), str(at), str(end)],
+        [sys.executable, "-c", READ, str(directory / BIG_FILE), str(at), str(end)],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -69,6 +70,8 @@ def errno_of(failure: str) -> int:
 @contextmanager
 def disk(node: Node, size: int, *, on: Path | None = None) -> Iterator[Path]:
     """An ext4 of `size` bytes, mounted where the cache will be. Its image is sparse, in the folder `on`."""
+    if missing := [tool for tool in ("mkfs.ext4", "dumpe2fs", "losetup", "fallocate") if shutil.which(tool) is None]:
+        pytest.skip(f"{missing[0]} is not installed")
     image = (on or node.path) / "disk.img"
     with image.open("wb") as file:
         file.truncate(size)
