@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Protocol
 
 import trio
@@ -126,7 +127,8 @@ class Room:
             if not freed:
                 break
             log.info("evicted %d bytes; %d are cached, %d free on the disk", freed, usage.cached, usage.disk_free)
-        allowed = admission(usage, self._bounds)
+        # Without what is coming: that is short for as long as it takes, and part of it is on the disk already.
+        allowed = admission(replace(usage, coming=0), self._bounds)
         if allowed is Admission.ALL:
             self.refusal = None
             self._say(None, None)
@@ -134,8 +136,7 @@ class Room:
             sentence = self._sentence(usage, allowed)
             self._say(sentence, allowed)
             error = NoSpace(sentence)
-            # What is coming may turn out to be what a reader waits for, and takes no more room than it was given.
-            self.refusal = error if allowed is Admission.NOTHING and not fetching.coming else None
+            self.refusal = error if allowed is Admission.NOTHING else None
             fetching.refuse_prefetches(error)
         if was_short:
             fetching.room_changed()
