@@ -251,9 +251,8 @@ class Fetcher:
         location = transfer.sources.location
         if self._locator is None or transfer.settling:
             return ""
-        if location is None or location.stale(time.time()):
-            return self._circuits.of(self._locator.origin).reason
-        return self._circuits.of(location.origin).reason
+        hub = self._locator.origin
+        return self._circuits.outage(hub if location is None or location.stale(time.time()) else location.origin, hub)
 
     def _came(self, circuit: Circuit, count: int) -> None:
         now = trio.current_time()

@@ -27,6 +27,9 @@ PATIENCE_S = 1.5
 """How long someone who asks while the circuit is open waits for a probe: longer than an answer takes that crosses an ocean with TLS (four
 round trips of 0.3 s)."""
 
+LAG_S = 1.0
+"""How late an answer may be noted: of bytes that no reader waits for, workers tell twice a second."""
+
 CIRCUITS_MAX = 64
 """Origins remembered: the hub and its few CDN hosts. A mirror may sign URLs of any number of hosts."""
 
@@ -44,6 +47,10 @@ class Circuit:
     @property
     def open(self) -> bool:
         return bool(self.reason)
+
+    def silent_since(self, other: Circuit) -> bool:
+        """Whether nothing was heard from this origin since `other`, which is open, went out of reach: what ails that may ail this."""
+        return other._failing_since is not None and self._answered < other._failing_since + LAG_S
 
     def admits(self, now: float) -> bool:
         """Whether a request may go now. While the circuit is open that is a probe, and the next goes PROBE_S later.
@@ -97,6 +104,14 @@ class Circuits:
         if len(self._circuits) > CIRCUITS_MAX:
             self._circuits.popitem(last=False)
         return circuit
+
+    def outage(self, origin: str, hub: str) -> str:
+        """Why `origin`, where `hub` has sent us for bytes, is known or likely to be out of reach; "" where nothing says so.
+
+        A node that loses its network loses both, and finds out about the hub first.
+        """
+        there, home = self.of(origin), self.of(hub)
+        return there.reason or (home.reason if there.silent_since(home) else "")
 
     def reasons(self) -> list[str]:
         """A sentence for each origin that is out of reach."""

@@ -101,6 +101,20 @@ def test_requests_to_a_dead_origin_are_bounded_and_its_return_is_found_soon() ->
         assert closed_at - back <= PROBE_S + 0.5
 
 
+def test_a_cdn_that_has_said_nothing_since_the_hub_went_is_taken_to_be_gone_too() -> None:
+    circuits = Circuits()
+    hub, cdn = circuits.of(HUB), circuits.of("https://cdn:443")
+    cdn.answered(90.0)
+    assert circuits.outage("https://cdn:443", HUB) == ""
+    hub.failed(95.0, 100.0, WHY)
+    assert circuits.outage("https://cdn:443", HUB) == WHY
+    cdn.answered(101.0)
+    assert circuits.outage("https://cdn:443", HUB) == ""
+    assert circuits.outage(HUB, HUB) == WHY
+    cdn.failed(102.0, 110.0, "The CDN is gone.")
+    assert circuits.outage("https://cdn:443", HUB) == "The CDN is gone."
+
+
 def test_circuits_are_one_per_origin_and_bounded() -> None:
     circuits = Circuits()
     hub = circuits.of(HUB)

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -177,6 +178,24 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("it did not come true in time")
         time.sleep(0.05)
+
+
+@contextmanager
+def background(*command: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A child that runs beside the test, with its output in pipes; it is killed at the end, however that comes."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
 
 
 def run(script: str, *arguments: object, timeout_s: float = TIMEOUT_S, code: int | None = 0) -> str:
