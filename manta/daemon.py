@@ -12,7 +12,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +113,7 @@ class Daemon:
             self._sealer.grown,
             self._circuits,
             self._room,
+            self._provenances,
         )
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
@@ -301,6 +302,9 @@ class Daemon:
         """What the kernel has cached of a blob may be wrong: it must ask again."""
         if self._session is not None:
             self._nursery.start_soon(self._session.forget_pages, inode_number(blob_key(blob)))
+
+    def _provenances(self, blob: BlobId) -> Iterator[Provenance]:
+        return self._mounts.provenances(blob)
 
     # What the filesystem needs ---------------------------------------------------------------------------------------
 

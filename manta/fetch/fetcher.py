@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -35,6 +35,7 @@ from manta.fetch.transfer import Transfer
 from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuit, Circuits
 from manta.hub.origin import Location, Origin
+from manta.model.ids import BlobId
 from manta.wire.messages import Failed, Fetched
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ class Room(Protocol):
 
 class Fetcher:
     """`origin` None: offline, nothing can be fetched. `failed` hears of each fetch that was given up, `grown` of each chunk that came.
-    `room` None: the cache has no bounds."""
+    `room` None: the cache has no bounds. `elsewhere` names where else mounts show a blob: asked when the places where it was opened are
+    refused.
+    """
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class Fetcher:
         grown: OnArrival,
         circuits: Circuits | None = None,
         room: Room | None = None,
+        elsewhere: Callable[[BlobId], Iterable[Provenance]] = lambda _: (),
     ) -> None:
         self._room = room
         self._store = store
@@ -92,7 +96,9 @@ class Fetcher:
         self._throttles = Throttles()
         self._circuits = circuits or Circuits()
         self._locator = (
-            Locator(workers, origin, config.stall_s, self._throttles, self._circuits) if origin is not None else None
+            Locator(workers, origin, config.stall_s, self._throttles, self._circuits, elsewhere)
+            if origin is not None
+            else None
         )
         self._flights: set[Flight] = set()
         self._flying = trio.Event()  # replaced when nothing is under way

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -21,6 +21,7 @@ from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuits
 from manta.hub.origin import Location, Origin, origin_of
 from manta.hub.quota import spent_for_s
+from manta.model.ids import BlobId
 from manta.wire.messages import Failed, Located
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,13 @@ class Locator:
     """`throttles` and `circuits` are told which origin wants to be left alone or is out of reach, and heeded."""
 
     def __init__(
-        self, workers: Workers, origin: Origin, deadline_s: float, throttles: Throttles, circuits: Circuits
+        self,
+        workers: Workers,
+        origin: Origin,
+        deadline_s: float,
+        throttles: Throttles,
+        circuits: Circuits,
+        elsewhere: Callable[[BlobId], Iterable[Provenance]],
     ) -> None:
         self.origin = origin_of(origin.endpoint)
         """Who is asked."""
@@ -46,6 +53,7 @@ class Locator:
         self._deadline_s = deadline_s
         self._throttles = throttles
         self._circuits = circuits
+        self._elsewhere = elsewhere
         self._asking = trio.CapacityLimiter(LOCATING_MAX)
 
     async def ask(self, transfer: Transfer, wanted: Callable[[], bool]) -> Location:
@@ -82,7 +90,7 @@ class Locator:
             except MantaError as e:
                 refusals[provenance] = e
             attempts = 0
-            if not sources.demote(provenance) or sources.best in refusals:
+            if len(refusals) >= ATTEMPTS_MAX or not sources.turn_to(provenance, refusals, self._elsewhere):
                 raise next(iter(refusals.values()))
 
     def _request(self, provenance: Provenance) -> tuple[str, dict[str, str]]:

@@ -5,11 +5,11 @@ Built by `manta.fs` (which knows the path that was opened), used by `manta.fetch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from manta.hub.origin import Access, Location
-from manta.model.ids import Commit, RepoId
+from manta.model.ids import BlobId, Commit, RepoId
 from manta.model.snapshot import FileEntry
 
 PROVENANCES_MAX = 4
@@ -45,13 +45,22 @@ class Sources:
         self._provenances.insert(0, provenance)
         del self._provenances[PROVENANCES_MAX:]
 
-    def demote(self, provenance: Provenance) -> bool:
-        """`provenance` leads nowhere: try the others first. False where there is no other."""
-        if len(self._provenances) < 2:
-            return False
-        self._provenances.remove(provenance)
-        self._provenances.append(provenance)
-        return True
+    def turn_to(
+        self,
+        provenance: Provenance,
+        refused: Container[Provenance],
+        elsewhere: Callable[[BlobId], Iterable[Provenance]],
+    ) -> bool:
+        """`provenance` leads nowhere: the best is now one that is not `refused`. False where there is none: then it stays as it is.
+
+        `elsewhere` names more places of a blob, where those that are known are all refused.
+        """
+        blob = provenance.entry.blob
+        more = elsewhere(blob) if blob is not None and all(p in refused for p in self._provenances) else ()
+        other = next((p for p in (*self._provenances, *more) if p not in refused), None)
+        if other is not None:
+            self.add(other)
+        return other is not None
 
     @property
     def best(self) -> Provenance:

@@ -20,6 +20,7 @@ import trio
 from manta.cache.store import Store
 from manta.control.protocol import Mount, MountRequest
 from manta.errors import Absent, InUse, Invalid
+from manta.fetch.sources import Provenance
 from manta.fs.nodes import Folder, Node
 from manta.fs.views import HubCacheFolder, HubFolder, SnapshotFolder
 from manta.hub.catalog import Catalog, Resolution
@@ -271,6 +272,15 @@ class Mounts:
         """The blobs that the mounts show now."""
         shown = {key: snapshot for mounted in self for key, snapshot in mounted.scope.held.items()}
         return _Blobs([snapshot.contents.blobs for snapshot in shown.values()])
+
+    def provenances(self, blob: BlobId) -> Iterator[Provenance]:
+        """Every place where a mount shows `blob`. Looks through all their files: for when something is wrong with the place in use."""
+        for mounted in self._mounted.values():
+            scope = mounted.scope
+            for (repo, commit), snapshot in scope.held.items():
+                for entry in snapshot.files.values():
+                    if entry.blob == blob:
+                        yield Provenance(repo, commit, entry, scope.access)
 
     def describe(self, mounted: Mounted, failures: Failures) -> Mount:
         """What status says of it. Sizes are of the mounted folder; for the whole hub, of the repos it has opened."""

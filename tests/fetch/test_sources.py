@@ -30,13 +30,36 @@ def test_only_a_few_are_kept() -> None:
     assert len(list(sources)) == PROVENANCES_MAX
 
 
-def test_what_leads_nowhere_is_tried_last() -> None:
+def test_each_place_is_turned_to_once_and_those_elsewhere_last() -> None:
     sources = Sources()
-    sources.add(provenance(1))
-    assert not sources.demote(provenance(1))
-    sources.add(provenance(2))
-    assert sources.demote(provenance(2))
-    assert list(sources) == [provenance(1), provenance(2)]
+    for number in (1, 2):
+        sources.add(provenance(number))
+    refused: set[Provenance] = set()
+    tried = []
+    while True:
+        tried.append(sources.best)
+        refused.add(sources.best)
+        if not sources.turn_to(sources.best, refused, lambda _: [provenance(2), provenance(3)]):
+            break
+    assert tried == [provenance(2), provenance(1), provenance(3)]
+    assert list(sources) == [provenance(3), provenance(1), provenance(2)]
+
+
+def test_elsewhere_is_not_asked_while_there_is_another() -> None:
+    sources = Sources()
+    for number in (1, 2):
+        sources.add(provenance(number))
+    asked: list[BlobId] = []
+
+    def elsewhere(blob: BlobId) -> list[Provenance]:
+        asked.append(blob)
+        return []
+
+    assert sources.turn_to(provenance(2), {provenance(2)}, elsewhere)
+    assert not asked
+    assert sources.best == provenance(1)
+    assert not sources.turn_to(provenance(1), {provenance(1), provenance(2)}, elsewhere)
+    assert asked == [ENTRY.blob]
 
 
 def test_its_text_names_the_file_and_no_token() -> None:

@@ -118,6 +118,7 @@ async def test_of_a_partial_blob_only_what_was_damaged_is_fetched(tmp_path: Path
         found = await verify(n, BLOB, repair=ACCESS)
         assert (found.damaged, found.repaired) == (1, 1)
         assert hub.workers.bytes_sent == sent + CHUNK
+        await wait_all_tasks_blocked()
         assert n.cached(BLOB) == 2 * CHUNK
 
 
