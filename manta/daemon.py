@@ -54,6 +54,7 @@ from manta.fuse.pyfuse3_session import Pyfuse3Session
 from manta.hub.catalog import Catalog
 from manta.hub.circuit import Circuits
 from manta.hub.huggingface import HuggingFaceHub
+from manta.hub.identity import Identity
 from manta.hub.origin import Access, default_access, origin_of
 from manta.model.ids import BlobId, parse_target
 from manta.operations.failures import Failures
@@ -102,7 +103,7 @@ class Daemon:
         self._room = Room(store, self._pins, config.cache, self._mounted_blobs)
         self._workers = WorkerPool(config.fetch.workers)
         self._sealer = Sealer(self._workers, self._failures.add, lambda transfer: self._forget_pages(transfer.blob.id))
-        self._hub = HuggingFaceHub(config.hub)
+        self._hub = HuggingFaceHub(config.hub, self._latest_access)
         self._circuits = Circuits()
         self._fetcher = Fetcher(
             store,
@@ -118,7 +119,7 @@ class Daemon:
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
         self._jobs: Jobs
-        self._access: Access
+        self._identity: Identity
         self._filesystem: Filesystem
         self._housekeeping: Housekeeping
         self._control: ControlServer
@@ -142,14 +143,14 @@ class Daemon:
         config = self._config
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._access = await trio.to_thread.run_sync(default_access)
+            self._identity = Identity(await trio.to_thread.run_sync(default_access))
             catalog = Catalog(
                 self._hub,
                 self._metadata,
                 nursery,
                 offline=config.hub.offline,
                 timeout_s=config.hub.timeout_s,
-                owner=self._access,
+                owner=self._identity.access,
                 circuit=self._circuits.of(origin_of(self._hub.endpoint)),
             )
             self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
@@ -164,6 +165,7 @@ class Daemon:
             nursery.start_soon(self._workers.run)
             nursery.start_soon(self._sealer.run, self._fetcher)
             nursery.start_soon(self._room.run, self._fetcher)
+            nursery.start_soon(self._identity.follow)
             listener = None
             try:
                 if not self._direct:
@@ -361,7 +363,7 @@ class Daemon:
 
     async def mount(self, request: MountRequest) -> Mount:
         self._refuse_when_stopping()
-        mounted = await self._mounts.create(request, self._access_of(request.token))
+        mounted = await self._mounts.create(request, self._identity.of(request.token))
         if self._direct:
             try:
                 with trio.CancelScope(shield=True):
@@ -395,7 +397,7 @@ class Daemon:
 
     async def prefetch(self, request: PrefetchRequest) -> Job:
         self._refuse_when_stopping()
-        return await self._jobs.prefetch(parse_target(request.target), self._access_of(request.token))
+        return await self._jobs.prefetch(parse_target(request.target), self._identity.of(request.token))
 
     async def job(self, job_id: str) -> Job:
         return self._jobs[job_id]
@@ -412,7 +414,7 @@ class Daemon:
             blobs = sorted(await self._housekeeping.select(request.names))
         else:
             blobs = sorted(info.id for info in self._store.listing())
-        return self._jobs.verify(blobs, full=request.full, repair=self._access if request.repair else None)
+        return self._jobs.verify(blobs, full=request.full, repair=self._identity.access if request.repair else None)
 
     async def pin(self, selection: CacheSelection) -> CacheListing:
         return await self._housekeeping.pin(selection.names)
@@ -431,8 +433,8 @@ class Daemon:
         self._stopping.set()
         return status
 
-    def _access_of(self, token: str) -> Access:
-        return Access(token) if token else self._access
+    def _latest_access(self, access: Access) -> Access:
+        return self._identity.latest(access)
 
     def _refuse_when_stopping(self) -> None:
         if self._stopping.is_set():

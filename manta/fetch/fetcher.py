@@ -252,13 +252,14 @@ class Fetcher:
         provenance = self._transfers[str(blob_id)].sources.best
         return provenance.repo, provenance.commit
 
-    def _outage(self, transfer: Transfer) -> str:
-        """Why the origin that the blob's bytes would come from is out of reach; "" where that is not known."""
+    def _outage(self, transfer: Transfer, since: float) -> str:
+        """Why the origin that the blob's bytes would come from is out of reach, if that was known at `since`; else ""."""
         location = transfer.sources.location
         if self._locator is None or transfer.settling:
             return ""
         hub = self._locator.origin
-        return self._circuits.outage(hub if location is None or location.stale(time.time()) else location.origin, hub)
+        asked = hub if location is None or location.stale(time.time()) else location.origin
+        return self._circuits.outage(asked, hub, since)
 
     def _came(self, circuit: Circuit, count: int) -> None:
         now = trio.current_time()

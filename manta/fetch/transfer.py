@@ -73,14 +73,13 @@ class Transfer:
         """By chunk under way: whom to tell that a reader waits for it."""
         self.trouble = ""
         """What went wrong last, as a clause or a sentence, until something comes: the reason of a reader whose patience ends."""
-        self.outage: Callable[[], str] = str
-        """Why the origin of its bytes cannot be reached, as far as is known already: who begins to wait then does not wait for long."""
-        self.paused_until = 0.0
+        self.outage: Callable[[float], str] = lambda _: ""
+        """Why the origin of its bytes cannot be reached, if that was known at a time: who began to wait after it does not wait long."""
+        self.paused_until = -math.inf
         """The origin asked for a pause until then (trio's clock): that nothing comes is no reason to give up."""
         self._refusal: tuple[MantaError, float] | None = None  # the hub's, and until when it is not asked again
-        self._late: tuple[MantaError, float, int] | None = (
-            None  # a reader's whose time was over, until when, and `came` then
-        )
+        self._late: tuple[MantaError, float, int] | None = None
+        """What a reader got whose time was over, until when others get it, and `came` then."""
         self._arrived: dict[int, ExtentSet] = {}  # bytes of chunks that are not complete
         self._waiters: set[_Waiter] = set()
         self._scheduler = scheduler
@@ -118,13 +117,13 @@ class Transfer:
         waiter = _Waiter(extent)
         self._waiters.add(waiter)
         try:
-            if self.outage():
-                with trio.move_on_after(PATIENCE_S):
-                    await self._wait(waiter, extent, onward)
-                    return
-                if reason := self.outage():
-                    raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
-            with trio.move_on_after(self._patience_s):
+            began = trio.current_time()
+            with trio.move_on_after(min(PATIENCE_S, self._patience_s)):
+                await self._wait(waiter, extent, onward)
+                return
+            if reason := self.outage(began):
+                raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
+            with trio.move_on_at(began + self._patience_s):
                 await self._wait(waiter, extent, onward)
                 return
             if self.quarantined:
@@ -196,7 +195,7 @@ class Transfer:
             before, asked = self.came, trio.current_time()
             try:
                 self.want_whole(Priority.PREFETCH)
-                with trio.move_on_after(PATIENCE_S if self.outage() else self._patience_s) as patience:
+                with trio.move_on_after(PATIENCE_S if self.outage(asked) else self._patience_s) as patience:
                     await waiter.woken.wait()
             finally:
                 self._waiters.discard(waiter)
@@ -204,7 +203,7 @@ class Transfer:
                 raise waiter.error
             excused = self.blob.complete or self.settling or trio.current_time() < self.paused_until + self._patience_s
             if patience.cancelled_caught and not excused and self.came == before:
-                if reason := self.outage():
+                if reason := self.outage(asked):
                     raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
                 if trio.current_time() - asked < self._patience_s:
                     continue  # it was out of reach, and is not any more

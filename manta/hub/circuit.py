@@ -39,6 +39,8 @@ class Circuit:
 
     def __init__(self, origin: str) -> None:
         self.reason = ""
+        self.opened = float("inf")
+        """When it opened."""
         self._origin = origin
         self._answered = float("-inf")
         self._failing_since: float | None = None
@@ -89,6 +91,7 @@ class Circuit:
         if not self.open:
             log.warning("%s is out of reach: %s", self._origin, reason)
             self._next_probe = now + PROBE_S
+            self.opened = now
         self.reason = reason
 
 
@@ -105,13 +108,15 @@ class Circuits:
             self._circuits.popitem(last=False)
         return circuit
 
-    def outage(self, origin: str, hub: str) -> str:
-        """Why `origin`, where `hub` has sent us for bytes, is known or likely to be out of reach; "" where nothing says so.
+    def outage(self, origin: str, hub: str, since: float) -> str:
+        """Why `origin`, where `hub` has sent us for bytes, is out of reach, as was known or likely at `since`; "" where nothing said so.
 
         A node that loses its network loses both, and finds out about the hub first.
         """
         there, home = self.of(origin), self.of(hub)
-        return there.reason or (home.reason if there.silent_since(home) else "")
+        if there.open:
+            return there.reason if there.opened <= since else ""
+        return home.reason if home.open and home.opened <= since and there.silent_since(home) else ""
 
     def reasons(self) -> list[str]:
         """A sentence for each origin that is out of reach."""

@@ -61,9 +61,13 @@ _MASK = "*"
 
 
 class HuggingFaceHub:
-    """One hub that speaks the Hugging Face protocol: huggingface.co, a mirror, a test hub. Raises Invalid for a bad endpoint."""
+    """One hub that speaks the Hugging Face protocol: huggingface.co, a mirror, a test hub. Raises Invalid for a bad endpoint.
 
-    def __init__(self, config: HubConfig) -> None:
+    `latest` says with what to ask on behalf of an access: see `manta.hub.identity`.
+    """
+
+    def __init__(self, config: HubConfig, latest: Callable[[Access], Access] = lambda access: access) -> None:
+        self._latest = latest
         self._endpoint = config.endpoint.rstrip("/")
         self._timeout_s = config.timeout_s
         parts = urlsplit(self._endpoint)
@@ -97,6 +101,7 @@ class HuggingFaceHub:
             self._quotas[quota.kind] = quota
 
     async def resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolved:
+        access = self._latest(access)
         question = Question(self._endpoint, repo, revision, access)
 
         # Without it the answer names every file: 10 MB and a second for 200,000. Spaces have no gate. (The library annotates it wrongly.)
@@ -132,6 +137,7 @@ class HuggingFaceHub:
         return Resolved(repo, revision, Commit(sha), gated, private, canonical)
 
     async def snapshot(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
+        access = self._latest(access)
         if (repo, access) not in self._marks:
             # The listing does not say whether the repo is gated or private.
             await self.resolve(repo, commit, access)
@@ -188,7 +194,7 @@ class HuggingFaceHub:
         return True
 
     def location_request(self, repo: RepoId, commit: Commit, path: str, access: Access) -> OriginRequest:
-        return location.location_request(self._endpoint, repo, commit, path, access)
+        return location.location_request(self._endpoint, repo, commit, path, self._latest(access))
 
     def parse_location(
         self,
@@ -203,7 +209,7 @@ class HuggingFaceHub:
         now: float,
     ) -> Location:
         return location.parse_location(
-            self._endpoint, repo, commit, entry, access, status=status, url=url, headers=headers, now=now
+            self._endpoint, repo, commit, entry, self._latest(access), status=status, url=url, headers=headers, now=now
         )
 
     def same_origin(self, url: str) -> bool:

@@ -59,10 +59,15 @@ PIECE_BYTES = 64 * 1024
 
 
 def failed(
-    reason: Reason = "unavailable", message: str = "failed as told", status: int = 0, retry_after_s: float = 0.0
+    reason: Reason = "unavailable",
+    message: str = "failed as told",
+    status: int = 0,
+    retry_after_s: float = 0.0,
+    *,
+    unreachable: bool = False,
 ) -> Failed:
     """A failure to give to `FakeWorkers.fault`, whatever the order's number will be."""
-    return Failed(0, reason, message, status, retry_after_s)
+    return Failed(0, reason, message, status, retry_after_s, unreachable)
 
 
 @dataclass(eq=False)
@@ -175,7 +180,9 @@ class FakeWorkers:
                 with trio.move_on_after(deadline_s) as deadline:
                     await fault.strike()
                 if deadline.cancelled_caught:
-                    return Failed(number, "unavailable", f"hub did not answer within {deadline_s:g} s")
+                    return Failed(
+                        number, "unavailable", f"hub did not answer within {deadline_s:g} s", unreachable=True
+                    )
                 if isinstance(fault.answer, Failed):
                     return _numbered(fault.answer, number)
                 if isinstance(fault.answer, Located):

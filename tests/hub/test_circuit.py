@@ -105,14 +105,17 @@ def test_a_cdn_that_has_said_nothing_since_the_hub_went_is_taken_to_be_gone_too(
     circuits = Circuits()
     hub, cdn = circuits.of(HUB), circuits.of("https://cdn:443")
     cdn.answered(90.0)
-    assert circuits.outage("https://cdn:443", HUB) == ""
+    there = "https://cdn:443"
+    assert circuits.outage(there, HUB, 90.0) == ""
     hub.failed(95.0, 100.0, WHY)
-    assert circuits.outage("https://cdn:443", HUB) == WHY
+    assert circuits.outage(there, HUB, 99.0) == "", "nobody knew"
+    assert circuits.outage(there, HUB, 100.0) == WHY
     cdn.answered(101.0)
-    assert circuits.outage("https://cdn:443", HUB) == ""
-    assert circuits.outage(HUB, HUB) == WHY
+    assert circuits.outage(there, HUB, 101.0) == ""
+    assert circuits.outage(HUB, HUB, 101.0) == WHY
     cdn.failed(102.0, 110.0, "The CDN is gone.")
-    assert circuits.outage("https://cdn:443", HUB) == "The CDN is gone."
+    assert circuits.outage(there, HUB, 109.0) == ""
+    assert circuits.outage(there, HUB, 110.0) == "The CDN is gone."
 
 
 def test_circuits_are_one_per_origin_and_bounded() -> None:

@@ -23,7 +23,7 @@ from tests.mount.node import Node, background, run, wait_until
 
 MIB = 1024 * 1024
 REPO, TWIN, OTHER = "manta/moving", "manta/twin", "manta/other"
-TOKEN = "hf_movingreader"  # of the test hub only
+TOKEN, NEXT_TOKEN = "hf_movingreader", "hf_movingreadersnext"  # of the test hub only
 SHARED, SHARED_SIZE = Generated("shared", 20 * MIB + 3), 20 * MIB + 3
 
 
@@ -36,7 +36,10 @@ def moving_hub() -> Iterator[HubProcess]:
         "new.bin": Generated("new", MIB),
     }
     spec = HubSpec(
-        users=[UserSpec(name="reader", token=TOKEN, access=[REPO])],
+        users=[
+            UserSpec(name="reader", token=TOKEN, access=[REPO]),
+            UserSpec(name="successor", token=NEXT_TOKEN, access=[REPO]),
+        ],
         repos=[
             RepoSpec(
                 id=REPO,
@@ -143,6 +146,20 @@ def test_a_token_that_is_revoked(hub: HubProcess, node: Node) -> None:
     hub.reset()
     assert run('sha256sum "$1/old.bin"', directory).split()[0] == digest(hub, REPO, "old.bin")
     assert TOKEN not in node.log()
+
+
+def test_a_mount_follows_whoever_logs_in_anew(hub: HubProcess, node: Node) -> None:
+    hub.apply(changes.SetGated(repo=REPO))
+    saved = node.path / "home/hf/token"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(TOKEN)
+    directory = node.mount(REPO)
+    assert run('cat "$1/config.json"', directory) == "first"
+    hub.apply(changes.RevokeToken(token=TOKEN))
+    assert "Permission denied" in run('cat "$1/old.bin" > /dev/null', directory, code=1)
+    saved.write_text(NEXT_TOKEN)
+    wait_until(lambda: digest(hub, REPO, "old.bin") in run('sha256sum "$1/old.bin"', directory, code=None))
+    assert "hf_" not in node.log()
 
 
 def test_a_repo_that_is_renamed_is_read_on(hub: HubProcess, node: Node) -> None:
