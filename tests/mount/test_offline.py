@@ -110,7 +110,7 @@ def test_an_outage_is_told_soon_and_ends_by_itself(outage: Callable[[HubSpec], A
         half, none = node.mount("manta/half"), node.mount("manta/none")
         start = run('head -c 1000 "$1/weights.bin" | sha256sum', half)
         out.begin()
-        with background("wc", "-c", none / "0.bin"):
+        with background("sha256sum", none / "0.bin"):
             wait_until(lambda: any("out of reach" in sentence for sentence in node.status()["errors"]), timeout_s=40)
         # What is not cached fails soon, however many ask; what is cached does not.
         began = time.monotonic()
