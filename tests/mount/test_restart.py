@@ -69,7 +69,6 @@ def test_a_daemon_that_is_killed_again_and_again_loses_nothing_finished() -> Non
     with HubProcess(spec) as hub, Node(hub.endpoint) as node:
         hub.set_bandwidth(BANDWIDTH)
         facts = hub.files(REPO).files[FILE]
-        blob = f"sha256-{facts.sha256}"
         directory = node.directory()
         for kill in range(KILLS):
             node.manta("mount", REPO, str(directory))
@@ -91,20 +90,23 @@ def test_a_daemon_that_is_killed_again_and_again_loses_nothing_finished() -> Non
                     out, error = reader.communicate(timeout=30)
                     assert reader.returncode == 0, out + error
             wait_until(lambda: not any(origin.in_flight for origin in hub.stats().origins.values()))
-            done = recorded(node, blob)
+            done = recorded(node, f"sha256-{facts.sha256}")
             assert done >= finished.keys(), "a finished chunk is lost"
             for chunk, times in finished.items():
-                assert sent(hub, blob, chunk) == times, f"kill {kill}: chunk {chunk} was finished and fetched again"
-            finished |= {chunk: sent(hub, blob, chunk) for chunk in done - finished.keys()}
+                assert sent(hub, facts.blob, chunk) == times, (
+                    f"kill {kill}: chunk {chunk} was finished and fetched again"
+                )
+            finished |= {chunk: sent(hub, facts.blob, chunk) for chunk in done - finished.keys()}
             unfinished += sum(
-                1 for chunk in range(-(-SIZE // CHUNK_SIZE)) if chunk not in done and sent(hub, blob, chunk)
+                1 for chunk in range(-(-SIZE // CHUNK_SIZE)) if chunk not in done and sent(hub, facts.blob, chunk)
             )
         hub.set_bandwidth(None)
         node.manta("mount", REPO, str(directory))
         assert run('sha256sum "$1"', directory / FILE).split()[0] == facts.sha256
         for chunk, times in finished.items():
-            assert sent(hub, blob, chunk) == times
+            assert sent(hub, facts.blob, chunk) == times
         traffic = hub.blob_traffic(REPO, FILE)
+        assert traffic.unique == SIZE
         # At each kill a chunk that is not finished costs itself at most; nothing else is fetched twice.
         assert traffic.repeated <= unfinished * CHUNK_SIZE
         print(
