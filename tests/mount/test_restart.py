@@ -23,9 +23,9 @@ KILLS = int(os.environ.get("MANTA_TEST_KILLS", "8"))
 SEED = int(os.environ.get("MANTA_TEST_SEED", "1"))
 REPO, FILE, CONTENT = "manta/load", "weights.bin", "restart"
 MIB = 1024 * 1024
-SIZE = KILLS * 6 * MIB + 777
-BANDWIDTH = 20 * MIB
-"""So slow that a life of the daemon is over before the file is."""
+SIZE = KILLS * 24 * MIB + 777
+BANDWIDTH = 60 * MIB
+"""So slow that a life of the daemon is over before the file is, so fast that it finishes a few chunks."""
 
 READER = """
 import os, random, sys
@@ -66,7 +66,7 @@ def test_a_daemon_that_is_killed_again_and_again_loses_nothing_finished() -> Non
     spec = HubSpec(repos=[RepoSpec(id=REPO, files={FILE: Generated(CONTENT, SIZE)})])
     finished: dict[int, int] = {}  # chunk -> how often it had been sent when it was first seen finished
     unfinished = 0
-    with HubProcess(spec) as hub, Node(hub.endpoint) as node:
+    with HubProcess(spec) as hub, Node(hub.endpoint, {"MANTA_FETCH_CONNECTIONS": "2"}) as node:
         hub.set_bandwidth(BANDWIDTH)
         facts = hub.files(REPO).files[FILE]
         directory = node.directory()
@@ -82,7 +82,7 @@ def test_a_daemon_that_is_killed_again_and_again_loses_nothing_finished() -> Non
                     )
                     for how in ("in order", f"seed {SEED} {kill}")
                 ]
-                time.sleep(chance.uniform(0.1, 0.8))
+                time.sleep(chance.uniform(0.1, 1.0))
                 os.kill(pids[0], signal.SIGKILL)
                 for pid in pids:
                     wait_for_end(pid)
@@ -100,6 +100,7 @@ def test_a_daemon_that_is_killed_again_and_again_loses_nothing_finished() -> Non
             unfinished += sum(
                 1 for chunk in range(-(-SIZE // CHUNK_SIZE)) if chunk not in done and sent(hub, facts.blob, chunk)
             )
+        assert finished, "no daemon lived long enough to finish anything"
         hub.set_bandwidth(None)
         node.manta("mount", REPO, str(directory))
         assert run('sha256sum "$1"', directory / FILE).split()[0] == facts.sha256
