@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import sys
-import time
 from contextlib import ExitStack
 
 from manta.cache.store import Store
@@ -26,6 +25,9 @@ MIB = 1024 * 1024
 SIZE = KILLS * 24 * MIB + 777
 BANDWIDTH = 60 * MIB
 """So slow that a life of the daemon is over before the file is, so fast that it finishes a few chunks."""
+
+LIFE_BYTES_MAX = 30 * MIB
+"""What the hub sends at most, and on average half of it, before the next kill: less than the file has for each."""
 
 READER = """
 import os, random, sys
@@ -82,7 +84,9 @@ def test_a_daemon_that_is_killed_again_and_again_loses_nothing_finished() -> Non
                     )
                     for how in ("in order", f"seed {SEED} {kill}")
                 ]
-                time.sleep(chance.uniform(0.1, 1.0))
+                # So many bytes later, and not so much time: a loaded machine must not make all its lives too short to finish anything.
+                enough = hub.blob_traffic(REPO, FILE).sent + chance.uniform(0, LIFE_BYTES_MAX)
+                wait_until(lambda enough=enough: hub.blob_traffic(REPO, FILE).sent >= enough)  # type: ignore[misc]
                 os.kill(pids[0], signal.SIGKILL)
                 for pid in pids:
                     wait_for_end(pid)
