@@ -34,6 +34,7 @@ class Identity:
         self._read = read
         self._own: OrderedDict[Access, None] = OrderedDict({access: None})
         self._latest = access
+        self._problem = ""  # why the saved token could not be had
 
     def of(self, token: str) -> Access:
         """The access of a command that came with `token`. Without one, or with one of the daemon's own, it is the daemon's."""
@@ -46,23 +47,24 @@ class Identity:
 
     async def follow(self) -> None:
         """Looks for another token as long as it is not cancelled."""
-        problem = ""
         while True:
             await trio.sleep(FOLLOW_S)
-            try:
-                found = await trio.to_thread.run_sync(self._read, abandon_on_cancel=True)
-            except MantaError as e:
-                if e.message != problem:  # once, not every few seconds
-                    log.warning("%s The one from before stays in use.", e.message)
-                problem = e.message
-                continue
-            problem = ""
-            if found != self._latest:
-                log.info(
-                    "the token for the hub has changed: %s instead of %s", found.fingerprint, self._latest.fingerprint
-                )
-                self._latest = found
-                if not found.is_anonymous:
-                    self._own[found] = None
-                if len(self._own) > TOKENS_MAX:
-                    self._own.popitem(last=False)
+            await self.look()
+
+    async def look(self) -> None:
+        """Takes the token that is saved now."""
+        try:
+            found = await trio.to_thread.run_sync(self._read, abandon_on_cancel=True)
+        except MantaError as e:
+            if e.message != self._problem:  # once, not every few seconds
+                log.warning("%s The one from before stays in use.", e.message)
+            self._problem = e.message
+            return
+        self._problem = ""
+        if found != self._latest:
+            log.info("the token for the hub has changed: %s instead of %s", found.fingerprint, self._latest.fingerprint)
+            self._latest = found
+            if not found.is_anonymous:
+                self._own[found] = None
+            if len(self._own) > TOKENS_MAX:
+                self._own.popitem(last=False)
