@@ -80,7 +80,7 @@ class Locator:
             except (Unavailable, Corrupt) as e:
                 # What contradicts the tree may be as much of an accident as no answer.
                 attempts += 1
-                transfer.trouble = e.message
+                transfer.trouble = answer.message if isinstance(answer, Failed) else e.message
                 if attempts < (ATTEMPTS_MAX if isinstance(e, Unavailable) else REFUSALS_MAX):
                     await trio.sleep(min(PAUSE_SECONDS * 2 ** (attempts - 1), PAUSE_SECONDS_MAX))
                     continue

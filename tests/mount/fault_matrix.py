@@ -79,7 +79,7 @@ def _shortened(row: Row) -> str:
     text = re.sub(r"http://127\.0\.0\.1:\d+", "the hub", row.sentence)
     text = text.replace("127.0.0.1", "the CDN" if row.where == "body" else "the hub").replace("|", "/")
     text = re.sub(r"([0-9a-f]{8})[0-9a-f]{32,}", r"\1…", text)
-    text = re.split(r"\. (?:Try|Check|The file|What came|Ask)|: (?:try|check|ask)|; they were", text)[0].rstrip(".")
+    text = re.split(r"\. (?:Try|Check|The file|What came|Ask)|: (?:try|check|ask) |; they were", text)[0].rstrip(".")
     return text or "–"
 
 

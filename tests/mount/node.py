@@ -5,6 +5,7 @@ The test process never touches a mount itself: whatever reads one is a child wit
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ class Node:
             "PYTHONPATH": str(Path(__file__).parents[2]),
             **(environment or {}),
         }
-        self._directories = 0
+        self._directories = itertools.count(1)
 
     def __enter__(self) -> Self:
         (self.path / "home").mkdir()
@@ -104,8 +105,7 @@ class Node:
 
     def directory(self) -> Path:
         """A fresh empty directory to mount on."""
-        self._directories += 1
-        directory = self.path / f"mnt{self._directories}"
+        directory = self.path / f"mnt{next(self._directories)}"
         directory.mkdir()
         return directory
 
@@ -141,6 +141,17 @@ class Node:
                     continue
         return found
 
+    def processes_of(self, word: str) -> list[int]:
+        """Those of them that have `word` as an argument: "daemon", "manta.worker"."""
+        found = []
+        for pid in self.processes():
+            try:
+                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    found.append(pid)
+            except OSError:
+                continue
+        return found
+
     def daemon(self) -> int:
         return int(self.status()["pid"])
 
@@ -148,9 +159,12 @@ class Node:
         children = Path(f"/proc/{self.daemon()}/task/{self.daemon()}/children").read_text()
         return [int(pid) for pid in children.split()]
 
-    def log(self) -> str:
-        """The daemon's log, for the message of a test that failed."""
-        return "".join(path.read_text(errors="replace")[-4000:] for path in (self.path / "run").glob("*/daemon.log"))
+    def log(self, *, whole: bool = False) -> str:
+        """The daemon's log; its end, for the message of a test that failed, unless `whole`."""
+        texts = (
+            path.read_text(errors="replace") for path in sorted((self.path / "run").glob("*/daemon.log*"), reverse=True)
+        )
+        return "".join(text if whole else text[-4000:] for text in texts)
 
 
 def wait_for_end(pid: int, timeout_s: float = 15.0) -> None:

@@ -68,6 +68,8 @@ BOUND_S = 2 * PATIENCE_S + 15
 RECOVERY_S = 40.0
 """Within this a file is readable again, once its fault is over."""
 
+MATRIX = Path(__file__).parents[2] / "docs/fault-matrix.md"
+
 _NAMES = {os.strerror(number): name for number, name in errno.errorcode.items()}
 
 
@@ -269,7 +271,7 @@ def _run_cases(hub: HubProcess, node: Node, results: Results) -> None:
     for (case, mode), seen in results.cases.items():
         repo, path = case.repo(mode), case.path(mode)
         seen.sentence = ear.about(repo) if case.where == "metadata" else ear.about(repo, path)
-        if case.where == "location" and not seen.sentence:
+        if case.always.words == "private" and not seen.sentence:
             seen.sentence = ear.about(f"{repo} does not exist")  # what a hub says without a word on the file
         seen.requests = sum(e.repo == repo and (case.where == "metadata" or e.file == path) for e in log)
     hub.clear_faults()
@@ -332,7 +334,7 @@ def _rows(results: Results) -> list[fault_matrix.Row]:
     return [
         *(row(case.where, case.name, mode, seen) for (case, mode), seen in results.cases.items()),
         *(row(case.where, case.name, "once", seen) for case, seen in results.nodes.items()),
-        *(row("repo", case.name, "then undone", seen) for case, seen in results.changes.items()),
+        *(row("repo", case.name, "undone later", seen) for case, seen in results.changes.items()),
     ]
 
 
@@ -383,6 +385,16 @@ def test_a_repo_that_changes_under_a_mount(results: Results, case: ChangeCase) -
     seen = results.changes[case]
     assert_as_told(case.fetch, seen.readings[0], seen, results.log)
     assert seen.right[-1], seen
+
+
+def test_the_matrix_in_the_docs_has_these_cases() -> None:
+    """Its rows, not its figures: those are what one run saw."""
+    rows = [
+        *((case.where, case.name, mode) for case, mode in RUNS),
+        *((case.where, case.name, "once") for case in (*NODE_CASES, UNTIMED)),
+        *(("repo", case.name, "undone later") for case in CHANGE_CASES),
+    ]
+    assert sorted(fault_matrix.keys(MATRIX.read_text())) == sorted(rows), "write it anew; its head says how"
 
 
 def test_no_token_went_astray(results: Results) -> None:

@@ -211,7 +211,7 @@ def test_a_whole_file_instead_of_its_beginning_is_good_enough(url: str, hub: Hub
 FAULTS: dict[str, tuple[faults.Action, str, str, int]] = {
     # what the hub does, the reason, some of the message, bytes that must have been told of
     "short 206": (faults.ShortRange(missing=1000), "unavailable", "after 999000 of 1000000 bytes", 999_000),
-    "over-long": (faults.TooLong(extra=10), "corrupt", "sent 1000010 bytes as bytes 0-999999", 0),
+    "over-long": (faults.TooLong(extra=10), "corrupt", "sent 1000010 bytes as bytes 1000000-1999999", 0),
     "moved Content-Range": (faults.WrongRange(shift=1), "corrupt", "answered bytes 1000001-", 0),
     "moved back Content-Range": (faults.WrongRange(shift=-1), "corrupt", "answered bytes 999999-", 0),
     "no Content-Range": (faults.Headers(remove=["Content-Range"]), "unavailable", "without a Content-Range", 0),
@@ -236,7 +236,7 @@ FAULTS: dict[str, tuple[faults.Action, str, str, int]] = {
     "a body beyond its Content-Range": (
         faults.Headers(put={"Content-Range": f"bytes {START}-{START + 9}/{SIZE}"}),
         "corrupt",
-        "more bytes",
+        "sent 1000000 bytes as bytes 1000000-1000009",
         0,
     ),
     "compressed": (faults.Headers(put={"Content-Encoding": "gzip"}), "unavailable", "compressed", 0),
@@ -433,6 +433,31 @@ def test_what_is_no_http_is_named(attempt: Any) -> None:
     assert reason == "unavailable"
     assert "not HTTP" in message
     assert "Signature" not in message
+
+
+def test_a_body_of_no_announced_length_ends_where_it_should(cache_fd: int, data: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 206 P\r\nContent-Range: bytes 0-99999/{SIZE}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head.encode() + b"186a1\r\n" + data[:100_001] + b"\r\n0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def work() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        client = OriginClient()
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        try:
+            async with asyncio.timeout(20):
+                with pytest.raises(OrderFailed, match="more bytes than asked for"):
+                    await client.fetch(
+                        Fetch(1, url, {}, 0, 100_000, [(0, 100_000)], SIZE, 10.0), cache_fd, lambda *_: None
+                    )
+        finally:
+            await client.close()
+            server.close()
+
+    asyncio.run(work())
 
 
 def test_no_cookie_of_one_order_goes_with_another(hub: HubProcess) -> None:
