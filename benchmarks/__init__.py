@@ -3,7 +3,7 @@
 Every figure that a goal is about is a ratio to something measured in the same run, a count, or bytes: the machine may be any.
 
     __main__    the command: arguments, signals, exit codes, where results go
-    cold, ttfb, parallel, load   the benchmarks, one module each
+    cold, ttfb, parallel, load, faults   the benchmarks, one module each
     report      what a benchmark returns: runs, table, goals, chart; the JSON contract
     rig         what a benchmark runs on: the hub behind its link, mounts, curl, readers
     scratch     the one folder and the processes of a run, and how all of it goes away

@@ -27,9 +27,10 @@ SMALL = {
     "ttfb": ["--size", "1MiB", "--samples", "2", "--latency", "0.005"],
     "parallel": ["--size", "16MiB"],
     "load": ["--size", "16MiB"],
+    "faults": ["--size", "16MiB", "--rounds", "1"],
     "metadata": ["--size", "1MiB", "--files", "40"],
 }
-GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3, "metadata": 9}
+GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3, "faults": 1, "metadata": 9}
 
 
 @pytest.fixture

@@ -62,6 +62,14 @@ def pieces(kind: str, size: int, rng: random.Random) -> Iterator[Piece]:
                 yield at, min(size - at, rng.randrange(1, 5000 if kind == "small" else 3 * MIB))
 
 
+def whole(fd: int, at: int, length: int) -> bytes:
+    """As much as there is: a read that meets an error in its middle gives what came before it, and the next read the error."""
+    found = b""
+    while len(found) < length and (more := os.pread(fd, length - len(found), at + len(found))):
+        found += more
+    return found
+
+
 def mapped(fd: int, size: int, comparison: Comparison, rng: random.Random) -> None:
     """By page faults. The caller is a process that may be killed by SIGBUS: that is how an error of a mapped file shows."""
     with mmap.mmap(fd, size, prot=mmap.PROT_READ) as view:
@@ -85,7 +93,7 @@ def main(kind: str, path: str, truth: str, seed: str) -> None:
                     mapped(fd, size, comparison, rng)
                 else:
                     for at, length in pieces(kind, size, rng):
-                        comparison.piece(lambda at, length: os.pread(fd, length, at), at, length)
+                        comparison.piece(lambda at, length: whole(fd, at, length), at, length)
             finally:
                 os.close(fd)
         except OSError as e:
