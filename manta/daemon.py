@@ -294,7 +294,7 @@ class Daemon:
             if blob not in shown and any(blob in snapshot.contents.blobs for snapshot in mounted.scope.held.values()):
                 self._fetcher.stop_background(str(blob))
         if self._session is not None and not self._direct:
-            self._nursery.start_soon(self._session.forget_name, mounted.id, self._filesystem.number(mounted.root))
+            self._session.forget_name(mounted.id)
         self._stir()
 
     def _mounted_blobs(self) -> Container[BlobId]:

@@ -115,10 +115,6 @@ class Filesystem:
         except (Absent, Invalid):
             return 0.0
 
-    def number(self, node: Node) -> int:
-        """The inode number of `node`."""
-        return self._inodes.number(node)
-
     def forget(self, inode: int, lookups: int) -> None:
         self._inodes.forget(inode, lookups)
 

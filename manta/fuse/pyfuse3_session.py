@@ -219,11 +219,10 @@ class Pyfuse3Session:
         await pyfuse3.main(min_tasks=4, max_tasks=REQUESTS_MAX)
 
     @staticmethod
-    async def forget_name(name: str, inode: int) -> None:
-        """Has the kernel drop a name in the top directory that is gone. In a thread: it may wait for a request that this thread serves."""
-        entry = pyfuse3.FileNameT(os.fsencode(name)), pyfuse3.InodeT(inode)
-        with contextlib.suppress(OSError):  # ENOENT: not known; ENOTEMPTY: in use, after a lazy unmount
-            await trio.to_thread.run_sync(pyfuse3.invalidate_entry, pyfuse3.ROOT_INODE, *entry, abandon_on_cancel=True)
+    def forget_name(name: str) -> None:
+        """Has the kernel drop a name in the top directory that is gone. Returns at once: a thread of pyfuse3's does it."""
+        # Not as one that was deleted: where readers are still in it (umount --lazy) the kernel would refuse, and the log would cry wolf.
+        pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True)
 
     @staticmethod
     async def forget_pages(inode: int) -> None:
