@@ -65,8 +65,8 @@ CONFIG = "{}\n"
 BOUND_S = 2 * PATIENCE_S + 15
 """No read may take longer. The kernel asks a second time for a page that readahead did not get; the rest is for a loaded machine."""
 
-REQUESTS_MAX = 24
-"""For one reader of one file: a refusal is tried three times with a location each, and the kernel asks for a page twice."""
+REQUESTS_MAX = 40
+"""For one reader of one file: a refusal is tried a few times with a location each, and the kernel asks for a page twice."""
 
 RECOVERY_S = 40.0
 """Within this a file is readable again, once its fault is over."""
