@@ -76,6 +76,10 @@ class DaemonConfig:
     """Sockets, logs and the FUSE mount, in one folder per cache directory. Default for other users: $XDG_RUNTIME_DIR/manta."""
     log_level: str = "info"
     """debug, info, warning or error."""
+    log_format: str = "text"
+    """text, or json: one object per line."""
+    metrics: str = ""
+    """Serve /metrics at HOST:PORT or unix:PATH too; empty: only on the control socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +328,45 @@ def _read_url(value: object, _home: Path) -> str:
     return value.strip().rstrip("/")
 
 
+class ListenAddress(NamedTuple):
+    """Where a server listens: `host` and `port`, or `path` of a unix socket where that is not empty."""
+
+    host: str
+    port: int
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> ListenAddress | None:
+    """What `daemon.metrics` names, None for nothing. Raises ValueError."""
+    text = text.strip()
+    if not text:
+        return None
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path.startswith("/") or len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise ValueError
+        return ListenAddress("", 0, path)
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not colon or not bare or (":" in bare) is (bare == host) or not port.isascii() or not port.isdigit():
+        raise ValueError
+    if not 0 < int(port) < 65536:
+        raise ValueError
+    return ListenAddress(bare, int(port))
+
+
+def _read_address(value: object, _home: Path) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    address = parse_address(value)
+    return "" if address is None else str(address)
+
+
 def _seconds(low: float, high: float) -> _Kind:
     def read(value: object, _home: Path) -> float:
         if isinstance(value, str):
@@ -383,6 +426,8 @@ _KINDS: Mapping[str, _Kind] = {
     "fuse.readahead_kib": _count(4, 1024 * 1024),
     "daemon.runtime_dir": _DIRECTORY,
     "daemon.log_level": _choice("debug", "info", "warning", "error"),
+    "daemon.log_format": _choice("text", "json"),
+    "daemon.metrics": _Kind('HOST:PORT, such as "127.0.0.1:9401", or unix:PATH, or nothing for off', _read_address),
 }
 """What each value may be. A new field needs its line here; tests/test_config.py holds both to each other."""
 
@@ -433,6 +478,9 @@ FLAGS: Mapping[str, str] = {
     "hub.offline": "--offline",
     "fuse.session": "--fuse",
     "daemon.runtime_dir": "--runtime-dir",
+    "daemon.log_level": "--log-level",
+    "daemon.log_format": "--log-format",
+    "daemon.metrics": "--metrics",
 }
 """The settings that have a flag of their own; `--set SECTION.FIELD=VALUE` reaches them all."""
 

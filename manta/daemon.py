@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import select
-import sys
 import time
 from collections.abc import Container, Iterator
 from functools import partial
@@ -23,8 +22,11 @@ from manta.cache import descriptors
 from manta.cache.metadata import MetadataStore
 from manta.cache.pins import Pins
 from manta.cache.store import Store
-from manta.config import Config
+from manta.config import Config, parse_address
 from manta.control.binding import MOUNTINFO, mounted_at, mounts, unbind
+from manta.control.http import Answer
+from manta.control.metrics import MetricsServer
+from manta.control.metrics import listen as listen_for_metrics
 from manta.control.protocol import (
     Bound,
     CacheListing,
@@ -35,7 +37,9 @@ from manta.control.protocol import (
     Mount,
     MountRequest,
     PrefetchRequest,
+    Quota,
     Removal,
+    Source,
     Status,
     VerifyRequest,
 )
@@ -64,6 +68,9 @@ from manta.operations.mounts import Mounted, Mounts
 from manta.operations.room import Room
 from manta.operations.verification import Verification
 from manta.operations.watchdog import Watchdog
+from manta.telemetry import logs
+from manta.telemetry.events import Telemetry
+from manta.telemetry.metrics import CONTENT_TYPE, QuotaLeft, State
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +83,9 @@ INIT_SECONDS_MAX = 10.0
 UNMOUNT_SECONDS = 5.0
 """How long readers may go on with what they have open after the daemon was told to stop. Then the FUSE connection is aborted, and they get
 errors. The bound on the whole end is the watchdog's."""
+
+DISK_SECONDS_MAX = 2.0
+"""A disk that does not say in this time how much is free is left out of the metrics: they are looked at when disks fail."""
 
 MOUNTINFO_SECONDS = 5.0
 """mountinfo is looked at this often also when the kernel announces no change."""
@@ -90,8 +100,9 @@ class Daemon:
         self._ephemeral = ephemeral
         self._started = time.time()
         self._direct = os.geteuid() != 0
+        self._telemetry = Telemetry()
+        self._telemetry.metrics.announce(Pyfuse3Session.name)
         self._failures = Failures()
-        self._read_bytes = 0
         self._stopping = trio.Event()
         self._hurrying = trio.Event()
         self._watchdog: Watchdog
@@ -100,9 +111,11 @@ class Daemon:
         self._stirred = trio.Event()  # something ended that may have been the last
         self._metadata = MetadataStore(store.layout.meta)
         self._pins = Pins(store.layout.pins)
-        self._room = Room(store, self._pins, config.cache, self._mounted_blobs)
-        self._workers = WorkerPool(config.fetch.workers)
-        self._sealer = Sealer(self._workers, self._failures.add, lambda transfer: self._forget_pages(transfer.blob.id))
+        self._room = Room(store, self._pins, config.cache, self._mounted_blobs, self._telemetry)
+        self._workers = WorkerPool(config.fetch.workers, self._telemetry)
+        self._sealer = Sealer(
+            self._workers, self._failed, lambda transfer: self._forget_pages(transfer.blob.id), self._telemetry
+        )
         self._hub = HuggingFaceHub(config.hub, self._latest_access)
         self._circuits = Circuits()
         self._fetcher = Fetcher(
@@ -110,11 +123,12 @@ class Daemon:
             self._workers,
             None if config.hub.offline else self._hub,
             config.fetch,
-            self._failures.add,
+            self._failed,
             self._sealer.grown,
             self._circuits,
             self._room,
             self._provenances,
+            self._telemetry,
         )
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
@@ -154,11 +168,13 @@ class Daemon:
                 circuit=self._circuits.of(origin_of(self._hub.endpoint)),
             )
             self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
-            self._filesystem = Filesystem(self._mounts.folder, self, self._count_read, fill=config.fetch.fill)
-            verification = Verification(self._store, self._metadata, self._workers, self._fetcher, self._forget_pages)
+            self._filesystem = Filesystem(self._mounts.folder, self, self._telemetry, fill=config.fetch.fill)
+            verification = Verification(
+                self._store, self._metadata, self._workers, self._fetcher, self._forget_pages, self._telemetry
+            )
             self._jobs = Jobs(nursery, catalog, self._fetcher, self._store, verification, self._stir)
             self._housekeeping = Housekeeping(
-                self._store, self._metadata, self._pins, config.cache, self._room, self._mounted_blobs
+                self._store, self._metadata, self._pins, config.cache, self._room, self._mounted_blobs, self._telemetry
             )
             self._control = ControlServer(self, config.socket_path)
             await nursery.start(self._fetcher.run)
@@ -173,6 +189,7 @@ class Daemon:
                 listener = await self._control.listen()
                 nursery.start_soon(self._control.serve, listener)
                 nursery.start_soon(self._watch_mounts)
+                await self._serve_metrics()
                 ready.announce(None)
                 log.info("manta %s serves %s, pid %d", __version__, config.cache.dir, os.getpid())
                 await self._until_stopped()
@@ -207,6 +224,24 @@ class Daemon:
 
     def _stir(self) -> None:
         self._stirred.set()
+
+    def _failed(self, provenance: Provenance, error: MantaError) -> None:
+        self._failures.add(provenance, error)
+        self._telemetry.gave_up(error)
+
+    async def _serve_metrics(self) -> None:
+        """Where the configuration says so, beside the control socket. What keeps it from that keeps nobody from reading."""
+        address = parse_address(self._config.daemon.metrics)
+        if address is None:
+            return
+        try:
+            listeners = await listen_for_metrics(address)
+        except MantaError as e:
+            log.error("%s", e.message)
+            self._failures.add_general(e)
+            return
+        log.info("metrics are served at %s", address)
+        self._nursery.start_soon(MetricsServer(self.metrics).serve, listeners)
 
     # The FUSE mount --------------------------------------------------------------------------------------------------
 
@@ -326,13 +361,12 @@ class Daemon:
     def totals(self) -> tuple[int, int]:
         return self._mounts.totals()
 
-    def _count_read(self, count: int) -> None:
-        self._read_bytes += count
-
     # The control API -------------------------------------------------------------------------------------------------
 
     async def status(self) -> Status:
         now = trio.current_time()
+        pauses = self._fetcher.pauses()
+        rates = {t.blob.id: self._telemetry.file_rate(t.blob.id) for t in self._fetcher.active}
         return Status(
             version=__version__,
             pid=os.getpid(),
@@ -343,23 +377,69 @@ class Daemon:
             offline=self._config.hub.offline,
             fuse=Pyfuse3Session.name,
             ephemeral=self._ephemeral,
-            mounts=[self._mounts.describe(mounted, self._failures) for mounted in self._mounts],
+            mounts=[self._mounts.describe(mounted, self._failures, rates) for mounted in self._mounts],
             transfers=[
-                FileTransfer(str(t.blob.id), t.name, t.blob.size, t.blob.cached_bytes) for t in self._fetcher.active
+                FileTransfer(
+                    str(t.blob.id),
+                    t.name,
+                    t.blob.size,
+                    t.blob.cached_bytes,
+                    rate=rates[t.blob.id].bytes_per_second,
+                    waiting=self._telemetry.waiting(t.blob.id),
+                    source=rates[t.blob.id].origin,
+                )
+                for t in self._fetcher.active
             ],
             cache_bytes=self._store.cached_bytes,
             cache_limit=self._config.cache.size,
             disk_free=self._room.disk_free(),
             origin_rate=self._fetcher.origin_meter.rate(now),
             origin_bytes=self._fetcher.origin_meter.total,
-            read_bytes=self._read_bytes,
+            read_bytes=self._telemetry.tally.bytes,
             workers=len(self._workers.pids),
             errors=self._failures.all(),
             problems=[
                 *filter(None, (self._pins.problem, self._room.problem)),
                 *self._circuits.reasons(),
             ],
+            sources=[
+                Source(
+                    origin=source.origin,
+                    rate=rate,
+                    bytes=source.meter.total,
+                    connections=source.in_flight,
+                    failures=source.failures,
+                    throttled_until=time.time() + pauses[source.origin] if source.origin in pauses else 0.0,
+                )
+                for source, rate in self._telemetry.sources()
+            ],
+            quotas=[Quota(q.kind, q.remaining, q.limit or 0, q.reset_s) for q in self._hub.quotas.values()],
+            connections_allowed=self._fetcher.connections_allowed,
+            connections_in_use=self._fetcher.connections_in_use,
+            reads_waiting=self._telemetry.waiting(),
+            open_files=self._filesystem.open_files,
         )
+
+    async def metrics(self) -> Answer:
+        disk_free: int | None = None
+        with trio.move_on_after(DISK_SECONDS_MAX), contextlib.suppress(MantaError):
+            disk_free, _ = await trio.to_thread.run_sync(self._store.disk_space, abandon_on_cancel=True)
+        state = State(
+            cache_bytes=self._store.cached_bytes,
+            cache_limit=self._config.cache.size,
+            disk_free=disk_free,
+            connections_allowed=self._fetcher.connections_allowed,
+            connections_in_use=self._fetcher.connections_in_use,
+            open_files=self._filesystem.open_files,
+            known_inodes=self._filesystem.known_inodes,
+            mounts=len(self._mounts),
+            transfers=sum(1 for _ in self._fetcher.active),
+            reads_waiting=self._telemetry.waiting(),
+            hub_throttles=self._hub.throttles,
+            quotas=[QuotaLeft(q.kind, q.remaining, q.limit) for q in self._hub.quotas.values()],
+            workers=self._workers.processes,
+        )
+        return Answer(200, CONTENT_TYPE, self._telemetry.metrics.rendered(state))
 
     async def mount(self, request: MountRequest) -> Mount:
         self._refuse_when_stopping()
@@ -514,12 +594,7 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
 
     `ephemeral`: leave with the last mount. `ready_fd`: a descriptor to announce the start on; it is closed.
     """
-    logging.basicConfig(
-        level=config.daemon.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # huggingface_hub's client tells every request
+    logs.configure(config.daemon.log_level, "json" if config.daemon.log_format == "json" else "text")
     ready = _Readiness(ready_fd)
     try:
         config.make_instance_dir()

@@ -42,6 +42,9 @@ class Invocation:
             ("hub.offline", "offline"),
             ("fuse.session", "fuse"),
             ("daemon.runtime_dir", "runtime_dir"),
+            ("daemon.log_level", "log_level"),
+            ("daemon.log_format", "log_format"),
+            ("daemon.metrics", "metrics"),
         ):
             value = getattr(self.arguments, name, None)
             if value is not None:

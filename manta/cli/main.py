@@ -47,6 +47,7 @@ examples:
   manta mount /mnt/hub                                 the whole hub: /mnt/hub/ORG/NAME/...
   manta mount --view hub-cache ORG/NAME DIR            a directory for HF_HUB_CACHE
   manta status                                         mounts, cached bytes, rates, errors
+  manta top                                            the same, live
   manta prefetch ORG/NAME                              fetch all of it now
   manta umount /mnt/gpt2
   manta doctor                                         what keeps Manta from working on this machine
@@ -164,6 +165,18 @@ def build_parser() -> Parser:
     )
     _common(status)
 
+    top = _command(
+        commands,
+        "top",
+        "top:top",
+        "watch mounts, files in flight, sources, rates and quota",
+        "Shows every second what the daemon of this cache directory does. q or Ctrl-C ends it. Where there is no terminal it prints one"
+        " frame. Colours are left away where NO_COLOR is set.",
+        "  manta top\n  manta top --once",
+    )
+    top.add_argument("--once", action="store_true", help="print one frame and end")
+    _common(top)
+
     prefetch = _command(
         commands,
         "prefetch",
@@ -267,10 +280,18 @@ def build_parser() -> Parser:
         "daemon:run",
         "run the daemon in the foreground (systemd, Kubernetes)",
         "Runs the daemon of this cache directory until SIGTERM. Not needed by hand: manta mount starts one that ends with its last mount.",
-        "  manta daemon --cache-dir /data/manta --set cache.size=500GiB",
+        "  manta daemon --cache-dir /data/manta --set cache.size=500GiB\n"
+        "  manta daemon --log-format json --metrics 127.0.0.1:9401",
     )
     daemon.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
     daemon.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    daemon.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), help="what to log, on stderr (daemon.log_level)"
+    )
+    daemon.add_argument("--log-format", choices=("text", "json"), help="json: one object per line (daemon.log_format)")
+    daemon.add_argument(
+        "--metrics", metavar="ADDRESS", help="serve /metrics at HOST:PORT or unix:PATH too (daemon.metrics)"
+    )
     _fuse_option(daemon)
     _common(daemon, hub=True)
     return parser

@@ -17,6 +17,7 @@ Sizes are bytes, rates bytes per second, times seconds since the epoch unless th
     POST   /v1/cache/rm     CacheSelection -> Removal
     POST   /v1/cache/gc     GcRequest      -> Removal
     POST   /v1/shutdown                  -> Status        unmounts everything and exits
+    GET    /metrics                      -> text          every metric of the daemon, in Prometheus' format
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class Mount(msgspec.Struct, frozen=True):
     """The commit comes from the cache because the hub could not be asked."""
     errors: list[str]
     """The latest sentences about reads that failed, newest last, at most 8."""
+    rate: float = 0.0
+    """Bytes per second that come for its files now."""
 
 
 class FileTransfer(msgspec.Struct, frozen=True):
@@ -88,6 +91,39 @@ class FileTransfer(msgspec.Struct, frozen=True):
     """One path by which it was asked for: REPO/PATH."""
     size: int
     cached: int
+    rate: float = 0.0
+    """Bytes per second that come for it now."""
+    waiting: int = 0
+    """Reads that wait for bytes of it."""
+    source: str = ""
+    """Scheme, host and port that its bytes come from; empty before the first order."""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A host that bytes or answers about files come from."""
+
+    origin: str
+    """Scheme, host and port."""
+    rate: float
+    bytes: int
+    """Since the daemon began to ask it."""
+    connections: int
+    """Requests for bytes in flight."""
+    failures: int
+    throttled_until: float
+    """It wants to be left alone until then; 0 where it may be asked."""
+
+
+class Quota(msgspec.Struct, frozen=True):
+    """One of the hub's request quotas, as its last answer had it."""
+
+    kind: str
+    """The hub's own word, such as "api" or "resolvers"."""
+    remaining: int
+    limit: int
+    """Requests per window; 0 where the hub does not say."""
+    reset_s: int
+    """Seconds until the window ends."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -119,6 +155,14 @@ class Status(msgspec.Struct, frozen=True):
     """The latest sentences, newest last, at most 16."""
     problems: list[str] = []
     """What is wrong with the cache now, and what to do."""
+    sources: list[Source] = []
+    """Those used last, the latest first, at most 16."""
+    quotas: list[Quota] = []
+    connections_allowed: int = 0
+    """Requests for bytes that may be in flight; readers that wait may have as many more."""
+    connections_in_use: int = 0
+    reads_waiting: int = 0
+    open_files: int = 0
 
 
 class PrefetchRequest(msgspec.Struct, frozen=True):

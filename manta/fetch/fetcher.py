@@ -23,7 +23,6 @@ from manta.config import FetchConfig
 from manta.errors import BY_CODE, Absent, Denied, MantaError, Unavailable
 from manta.fetch.flight import Flight
 from manta.fetch.locator import Locator
-from manta.fetch.meter import Meter
 from manta.fetch.pacing import Pacer
 from manta.fetch.quarantine import Quarantine
 from manta.fetch.retry import judge
@@ -36,6 +35,8 @@ from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuit, Circuits
 from manta.hub.origin import Location, Origin
 from manta.model.ids import BlobId
+from manta.telemetry.events import Telemetry
+from manta.telemetry.meter import Meter
 from manta.wire.messages import Failed, Fetched
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Room(Protocol):
 class Fetcher:
     """`origin` None: offline, nothing can be fetched. `failed` hears of each fetch that was given up, `grown` of each chunk that came.
     `room` None: the cache has no bounds. `elsewhere` names where else mounts show a blob: asked when the places where it was opened are
-    refused.
+    refused. `telemetry` hears of everything; None: nobody looks.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Fetcher:
         circuits: Circuits | None = None,
         room: Room | None = None,
         elsewhere: Callable[[BlobId], Iterable[Provenance]] = lambda _: (),
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._room = room
+        self._telemetry = telemetry or Telemetry()
         self._store = store
         self._workers = workers
         self._config = config
@@ -96,7 +99,7 @@ class Fetcher:
         self._throttles = Throttles()
         self._circuits = circuits or Circuits()
         self._locator = (
-            Locator(workers, origin, config.stall_s, self._throttles, self._circuits, elsewhere)
+            Locator(workers, origin, config.stall_s, self._throttles, self._circuits, elsewhere, self._telemetry)
             if origin is not None
             else None
         )
@@ -153,6 +156,21 @@ class Fetcher:
         """The transfers of which anything is still to come."""
         return (t for t in self._transfers.values() if not t.blob.complete and self._scheduler.wants(t.blob.id))
 
+    @property
+    def connections_allowed(self) -> int:
+        """Requests to the origin that may be in flight; readers that wait may have as many more."""
+        return self._pacer.connections
+
+    @property
+    def connections_in_use(self) -> int:
+        """Chunks that are being fetched."""
+        return len(self._flights)
+
+    def pauses(self) -> dict[str, float]:
+        """The origins that want to be left alone, and for how many seconds from now."""
+        now = trio.current_time()
+        return {origin: until - now for origin, until in self._throttles.pauses(now).items()}
+
     def transfer(self, blob_id: str) -> Transfer | None:
         """The transfer of a blob that is in use, if it is."""
         return self._transfers.get(blob_id)
@@ -190,18 +208,11 @@ class Fetcher:
             self._scheduler.set_silent({f.want.key for c, f in flights.items() if self._stragglers.silent(c, now)})
             hedges = max(1, int(self._pacer.connections * HEDGES_PER_CONNECTION))
             for course in self._stragglers.to_hedge(list(flights), now, hedges):
-                self._hedge(flights[course])
+                flights[course].hedge()
             for flight in self._flights:
                 flight.look()
             self._pacer.look(len(flights), now)
             self._stirred.set()
-
-    def _hedge(self, flight: Flight) -> None:
-        log.info(
-            "chunk %d of %s (%s) is far slower than others: ordered once more on another connection",
-            flight.want.chunk, flight.want.blob, flight.transfer.name,
-        )  # fmt: skip
-        flight.hedge()
 
     @property
     def coming(self) -> int:
@@ -242,7 +253,7 @@ class Fetcher:
             self._scheduler.hold(want.blob, now + circuit.wait_s(now))
         else:
             came = partial(self._came, circuit)
-            flight = Flight(self._workers, transfer, want, location, self._config.stall_s, came)
+            flight = Flight(self._workers, transfer, want, location, self._config.stall_s, came, self._telemetry)
             self._flights.add(flight)
             self._flying.set()
             self._nursery.start_soon(self._carry_out, flight)
@@ -344,6 +355,7 @@ class Fetcher:
             else:
                 self._after_success(flight, answer)
         finally:
+            flight.told.ended()
             del transfer.watchers[want.chunk]
             self._flights.discard(flight)
             if not self._flights:
@@ -356,8 +368,10 @@ class Fetcher:
         self._pacer.succeeded()
         self._stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
         self._scheduler.finished(want)
+        flight.told.done(answer.seconds, answer.first_byte_s)
         if flight.last:
             self._scheduler.learn(answer.first_byte_s, answer.seconds)
+            flight.told.recorded()
             transfer.recorded(want.chunk)
             self._grown(transfer)
         else:
@@ -373,11 +387,8 @@ class Fetcher:
         attempts = counts[failure.reason]
         transfer.trouble = failure.message
         verdict = judge(failure, attempts)
-        log.info(
-            "chunk %d of %s (%s): %s; attempt %d, %s",
-            want.chunk, want.blob, transfer.name, failure.message, attempts, "trying again" if verdict.retry else "giving up",
-        )  # fmt: skip
-        transfer.trouble = failure.message
+        pause_s = max(verdict.pause_s, verdict.origin_pause_s)
+        flight.told.failed(failure, attempts, retry=verdict.retry, pause_s=pause_s)
         circuit = self._circuits.of(flight.location.origin)
         if failure.unreachable:
             circuit.failed(flight.course.began, now, f"{failure.message}. {_ADVICE['unavailable']}")
@@ -403,7 +414,7 @@ class Fetcher:
         """Every file at that origin waits: `_send` looks before each order."""
         self._pacer.throttled(now)
         self._throttles.pause(location.origin, now + pause_s)
-        log.warning("%s asks for a pause of %.0f s", location.origin, pause_s)
+        self._telemetry.throttled(location.origin, pause_s, "bytes")
 
     def _give_up(self, transfer: Transfer, error: MantaError, chunk: int | None, began: float = math.inf) -> None:
         """Tells the readers. Background work on the blob ends too: it would fail the same way; the next read starts it again."""

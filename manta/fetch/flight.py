@@ -6,6 +6,7 @@ Made by `manta.fetch.fetcher` for each chunk it orders; the decision to hedge is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -16,6 +17,7 @@ from manta.fetch.transfer import Transfer
 from manta.fetch.workers import OrderControl, Workers
 from manta.hub.origin import Location
 from manta.model.extents import Extent
+from manta.telemetry.events import Telemetry
 from manta.wire.messages import Failed, Fetch, Fetched
 
 OnBytes = Callable[[int], None]
@@ -25,7 +27,14 @@ class Flight:
     """`run` it once. `came` hears of each batch of bytes, whichever of the two orders it came by."""
 
     def __init__(
-        self, workers: Workers, transfer: Transfer, want: Want, location: Location, stall_s: float, came: OnBytes
+        self,
+        workers: Workers,
+        transfer: Transfer,
+        want: Want,
+        location: Location,
+        stall_s: float,
+        came: OnBytes,
+        telemetry: Telemetry,
     ) -> None:
         self.transfer = transfer
         self.want = want
@@ -38,6 +47,10 @@ class Flight:
         self._extents, self.last = transfer.extents_for(want)
         """With `last` the chunk is complete when this has ended well."""
         self.course = Course(trio.current_time(), sum(map(len, self._extents)))
+        self.told = telemetry.order(
+            transfer.blob.id, transfer.name, want.chunk, want.priority.name.lower(), location.origin
+        )
+        """What is logged and counted of it. Whoever runs it says how it ended."""
         self._wanted = want.priority is Priority.DEMAND or transfer.awaited(want.chunk)
         self._controls: list[OrderControl] = []  # of the orders that have not been answered
         self._hedged = False
@@ -48,7 +61,8 @@ class Flight:
     async def run(self) -> Fetched | Failed:
         """Ends when all that was ordered has been answered: nobody writes to the chunk any more. Raises why no worker could be had."""
         async with trio.open_nursery() as self._nursery:
-            self._nursery.start_soon(self._attempt, self._extents, self._control())
+            given = partial(self.told.given, [(e.start, e.end) for e in self._extents])
+            self._nursery.start_soon(self._attempt, self._extents, self._control(given))
         self._nursery = None
         if self._won is None:
             assert self._failed is not None
@@ -70,7 +84,9 @@ class Flight:
         gaps = self.transfer.gaps(self.want.chunk, self._extents)
         if self._nursery is not None and not self._hedged and gaps:
             self._hedged = True
-            self._nursery.start_soon(self._attempt, gaps, self._control())
+            straggled_s = trio.current_time() - self.course.began
+            given = partial(self.told.hedged, after_s=straggled_s)
+            self._nursery.start_soon(self._hedge, gaps, self._control(given))
 
     def watch(self) -> None:
         """A reader waits for its bytes."""
@@ -84,12 +100,16 @@ class Flight:
             for control in self._controls:
                 control.cancel()
 
-    def _control(self) -> OrderControl:
-        control = OrderControl(wanted=self._wanted)
+    def _control(self, given: Callable[[int, int], None]) -> OrderControl:
+        control = OrderControl(wanted=self._wanted, given=given)
         self._controls.append(control)
         return control
 
-    async def _attempt(self, extents: list[Extent], control: OrderControl) -> None:
+    async def _hedge(self, gaps: list[Extent], control: OrderControl) -> None:
+        answer = await self._attempt(gaps, control)
+        self.told.hedge_ended("failed" if self._won is None else "won" if self._won is answer else "lost")
+
+    async def _attempt(self, extents: list[Extent], control: OrderControl) -> Fetched | Failed | MantaError:
         try:
             answer: Fetched | Failed | MantaError = await self._order(extents, control)
         except MantaError as e:
@@ -101,6 +121,7 @@ class Flight:
             self.look()
         elif self._failed is None or isinstance(self._failed, MantaError):
             self._failed = answer
+        return answer
 
     async def _order(self, extents: list[Extent], control: OrderControl) -> Fetched | Failed:
         location, chunk, blob = self.location, self.want.chunk, self.transfer.blob
@@ -123,6 +144,7 @@ class Flight:
         def progress(at: int, upto: int) -> None:
             self.course.progress(upto - at, trio.current_time())
             self._came(upto - at)
+            self.told.came(upto - at)
             self.transfer.arrived(chunk, at, upto)
 
         with blob.descriptor(writing=True) as fd:

@@ -6,7 +6,6 @@ whole node. Used by `manta.fetch.fetcher`.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 
@@ -22,9 +21,8 @@ from manta.hub.circuit import Circuits
 from manta.hub.origin import Location, Origin, origin_of
 from manta.hub.quota import spent_for_s
 from manta.model.ids import BlobId
+from manta.telemetry.events import Telemetry
 from manta.wire.messages import Failed, Located
-
-log = logging.getLogger(__name__)
 
 LOCATING_MAX = 16
 """Requests for locations under way: each costs the hub's quota, and a person who opens 1,000 files at once does not need them all now."""
@@ -35,7 +33,7 @@ this is lost more often than late."""
 
 
 class Locator:
-    """`throttles` and `circuits` are told which origin wants to be left alone or is out of reach, and heeded."""
+    """`throttles` and `circuits` are told which origin wants to be left alone or is out of reach, and heeded. `telemetry` hears of all."""
 
     def __init__(
         self,
@@ -45,6 +43,7 @@ class Locator:
         throttles: Throttles,
         circuits: Circuits,
         elsewhere: Callable[[BlobId], Iterable[Provenance]],
+        telemetry: Telemetry,
     ) -> None:
         self.origin = origin_of(origin.endpoint)
         """Who is asked."""
@@ -54,6 +53,7 @@ class Locator:
         self._throttles = throttles
         self._circuits = circuits
         self._elsewhere = elsewhere
+        self._telemetry = telemetry
         self._asking = trio.CapacityLimiter(LOCATING_MAX)
 
     async def ask(self, transfer: Transfer, wanted: Callable[[], bool]) -> Location:
@@ -70,14 +70,17 @@ class Locator:
             await self._until_it_may_be_asked(transfer, wanted)
             deadline_s = self._deadline_s if attempts else min(self._deadline_s, FIRST_ANSWER_SECONDS_MAX)
             began = trio.current_time()
+            asked = self._telemetry.question(transfer.blob.id, transfer.name, self.origin)
             async with self._asking:
                 answer = await self._workers.locate(url, headers, deadline_s)
             try:
-                return self._read(provenance, answer, began)
-            except Throttled:
+                location = self._read(provenance, answer, began)
+            except Throttled as e:
+                asked.failed(e)
                 # It does not count towards giving up: waiting is what the hub asked for, and readers have their own deadline.
                 continue
             except (Unavailable, Corrupt) as e:
+                asked.failed(e)
                 # What contradicts the tree may be as much of an accident as no answer.
                 attempts += 1
                 transfer.trouble = answer.message if isinstance(answer, Failed) else e.message
@@ -88,7 +91,11 @@ class Locator:
                     raise
                 refusals[provenance] = e
             except MantaError as e:
+                asked.failed(e)
                 refusals[provenance] = e
+            else:
+                asked.answered(location.origin)
+                return location
             attempts = 0
             if len(refusals) >= ATTEMPTS_MAX or not sources.turn_to(provenance, refusals, self._elsewhere):
                 raise next(iter(refusals.values()))
@@ -119,6 +126,7 @@ class Locator:
                 circuit.failed(began, now, f"{answer.message}. {advice}")
             raise Unavailable(f"{provenance}: {answer.message}. {advice}")
         circuit.answered(now)
+        self._origin.note_headers(answer.headers)
         if spent_s := spent_for_s(answer.headers):
             self._throttles.pause(self.origin, now + spent_s)
         try:
@@ -133,6 +141,7 @@ class Locator:
                 now=time.time(),
             )
         except Throttled as e:
-            self._throttles.pause(self.origin, now + max(e.retry_after_s, PAUSE_SECONDS))
-            log.warning("the hub asks for a pause of %.0f s: %s", e.retry_after_s, e.message)
+            pause_s = max(e.retry_after_s, PAUSE_SECONDS)
+            self._throttles.pause(self.origin, now + pause_s)
+            self._telemetry.throttled(self.origin, pause_s, "location")
             raise

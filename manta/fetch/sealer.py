@@ -17,6 +17,7 @@ from manta.fetch.quarantine import CONDEMNED_SECONDS
 from manta.fetch.scheduler import Priority
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import Workers
+from manta.telemetry.events import Telemetry
 from manta.wire.messages import Digested, Failed
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,18 @@ OnDiscard = Callable[[Transfer], None]
 
 
 class Sealer:
-    """`failed` hears of each blob that is corrupt, `discarded` of it too, once its bytes are not to be served any more."""
+    """`failed` hears of each blob that is corrupt, `discarded` of it too, once its bytes are not to be served any more.
 
-    def __init__(self, workers: Workers, failed: OnFailure, discarded: OnDiscard) -> None:
+    `telemetry` hears how each blob ended; None: nobody looks.
+    """
+
+    def __init__(
+        self, workers: Workers, failed: OnFailure, discarded: OnDiscard, telemetry: Telemetry | None = None
+    ) -> None:
         self._workers = workers
         self._failed = failed
         self._discarded = discarded
+        self._telemetry = telemetry or Telemetry()
         self._limiter = trio.CapacityLimiter(DIGESTS_MAX)
         self._following: set[Transfer] = set()
         self._nursery: trio.Nursery | None = None
@@ -69,6 +76,7 @@ class Sealer:
         try:
             await self._advance(transfer)
         except MantaError as e:
+            self._telemetry.seal_ended("failed")
             if transfer.blob.complete:
                 transfer.unverified(e)
             else:
@@ -123,6 +131,7 @@ class Sealer:
                 transfer.misled = False
             transfer.sealed.set()
             transfer.stir()
+            self._telemetry.seal_ended("sealed")
             log.info("sealed %s (%s)", blob.id, transfer.name)
             return
         again = self._fetcher.quarantine.take(blob.id)
@@ -135,6 +144,7 @@ class Sealer:
                 else f"are not asked for again before {CONDEMNED_SECONDS / 60:.0f} minutes have passed. Report it to the owner of the repo."
             )
         )
+        self._telemetry.seal_ended("mismatch")
         log.error("%s", error.message)
         if not again:
             self._fetcher.quarantine.condemn(blob.id, error, trio.current_time())

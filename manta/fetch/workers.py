@@ -23,6 +23,8 @@ import msgspec
 import trio
 
 from manta.errors import Unavailable
+from manta.telemetry.events import Telemetry
+from manta.telemetry.logs import fields
 from manta.wire.channel import Closed, pair, receive_nowait, send_nowait
 from manta.wire.messages import (
     Cancel,
@@ -55,6 +57,13 @@ SILENCE_SLACK_SECONDS = 10.0
 START_FAILURES_MAX = 3
 """Workers of one role that ended in a row before they were ready. One may be an accident; after three, who waits for one is told."""
 
+COMPLAINT_BYTES_MAX = 16 * 1024
+COMPLAINT_SECONDS = 0.05
+"""A traceback is written line by line: what comes within this is one record."""
+
+LAST_WORDS_SECONDS_MAX = 1.0
+"""A worker that is killed closes its stderr at once; one that hangs in the kernel must not keep its orders from being answered."""
+
 RESTART_PAUSE_SECONDS = 0.1
 RESTART_PAUSE_SECONDS_MAX = 10.0
 STABLE_SECONDS = 30.0
@@ -65,18 +74,23 @@ OnProgress = Callable[[int, int], None]
 
 
 class OrderControl:
-    """What may still be said about an order for a worker: that a reader waits for its bytes, that it is not needed any more."""
+    """What may still be said about an order for a worker: that a reader waits for its bytes, that it is not needed any more.
 
-    def __init__(self, *, wanted: bool) -> None:
+    `given` hears of the order's number and of the worker (process id) that has got it.
+    """
+
+    def __init__(self, *, wanted: bool, given: Callable[[int, int], None] = lambda _number, _worker: None) -> None:
         self.wanted = wanted
         """A reader waits for its bytes."""
         self.cancelled = False
+        self._given = given
         self._number = 0
         self._tell: Callable[[Watch | Cancel], None] | None = None
 
-    def bind(self, number: int, tell: Callable[[Watch | Cancel], None], *, watched: bool) -> None:
-        """A worker has it as order `number`; `tell` reaches that worker, unless it is too busy. `watched`: it knows of the reader."""
+    def bind(self, number: int, worker: int, tell: Callable[[Watch | Cancel], None], *, watched: bool) -> None:
+        """A worker (its process id) has it as order `number`. `tell` reaches it, unless it is busy; `watched`: it knows of the reader."""
         self._number, self._tell = number, tell
+        self._given(number, worker)
         if self.wanted and not watched:
             tell(Watch(number))
         if self.cancelled:
@@ -180,10 +194,13 @@ class _Pending:
 class _Worker:
     """One process and its socket."""
 
-    def __init__(self, role: Role, process: subprocess.Popen[bytes], channel: _Channel) -> None:
+    def __init__(
+        self, role: Role, process: subprocess.Popen[bytes], channel: _Channel, stderr: trio.lowlevel.FdStream
+    ) -> None:
         self.role = role
         self.process = process
         self.channel = channel
+        self.stderr = stderr
         self.pending: dict[int, _Pending] = {}
         self.started = False
         self.ready = False
@@ -193,6 +210,7 @@ class _Worker:
 def _spawn(role: Role) -> _Worker:
     """Raises OSError."""
     ours, theirs = pair()
+    said, stderr = os.pipe()
     with theirs:
         try:
             process = subprocess.Popen(
@@ -200,20 +218,41 @@ def _spawn(role: Role) -> _Worker:
                 [sys.executable, "-P", "-m", "manta.worker", role, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stderr=stderr,
             )
         except OSError:
             ours.close()
+            os.close(said)
             raise
-    return _Worker(role, process, _Channel(ours))
+        finally:
+            os.close(stderr)
+    return _Worker(role, process, _Channel(ours), trio.lowlevel.FdStream(said))
+
+
+async def _pass_on(worker: _Worker) -> None:
+    """What a worker writes to its stderr (a library's complaint, a traceback) becomes log records, so that the log has one format."""
+    async with worker.stderr as stream:
+        while said := await stream.receive_some(COMPLAINT_BYTES_MAX):
+            with trio.move_on_after(COMPLAINT_SECONDS):
+                while len(said) < COMPLAINT_BYTES_MAX and (more := await stream.receive_some(COMPLAINT_BYTES_MAX)):
+                    said += more
+            text = said.decode(errors="replace").strip()
+            log.warning(
+                "a %s worker says: %s", worker.role, text, extra=fields(role=worker.role, worker=worker.process.pid)
+            )
 
 
 class WorkerPool:
-    """`fetchers` processes with role fetch and one with role digest. Call `run` in a nursery; it ends when cancelled."""
+    """`fetchers` processes with role fetch and one with role digest. Call `run` in a nursery; it ends when cancelled.
 
-    def __init__(self, fetchers: int) -> None:
+    `telemetry` hears of those that end; None: nobody looks.
+    """
+
+    def __init__(self, fetchers: int, telemetry: Telemetry | None = None) -> None:
         if not 1 <= fetchers <= 16:
             raise ValueError(f"1 to 16 workers, not {fetchers}")
         self._fetchers = fetchers
+        self._telemetry = telemetry or Telemetry()
         self._workers: list[_Worker] = []
         self._numbers = itertools.count(1)
         self._changed = trio.Event()  # replaced whenever a worker gets ready, or starting one fails
@@ -224,6 +263,11 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         return [w.process.pid for w in self._workers]
+
+    @property
+    def processes(self) -> list[tuple[Role, int]]:
+        """Their roles and process ids."""
+        return [(w.role, w.process.pid) for w in self._workers]
 
     # Life ------------------------------------------------------------------------------------------------------------
 
@@ -247,7 +291,14 @@ class WorkerPool:
             else:
                 self._workers.append(worker)
                 try:
-                    await self._listen(worker)
+                    async with trio.open_nursery() as beside:
+                        beside.start_soon(_pass_on, worker)
+                        await self._listen(worker)
+                        self._telemetry.worker_ended(
+                            role, worker.process.pid
+                        )  # before `kill`, which may collect its end
+                        worker.process.kill()
+                        beside.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS_MAX
                 finally:
                     self._workers.remove(worker)
                     await self._bury(worker)
@@ -359,7 +410,8 @@ class WorkerPool:
             try:
                 await worker.channel.send(order := make(number), fd)
                 if control is not None:
-                    control.bind(number, worker.channel.tell_nowait, watched=isinstance(order, Fetch) and order.watched)
+                    watched = isinstance(order, Fetch) and order.watched
+                    control.bind(number, worker.process.pid, worker.channel.tell_nowait, watched=watched)
                 await pending.answered.wait()
             except Closed:
                 # The task in `_keep` sees the same end and answers for all; here it may have been first.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
@@ -18,6 +18,7 @@ from manta.fetch.transfer import Transfer
 from manta.fs.handles import BlobHandle, Handle, TextHandle
 from manta.fs.inodes import InodeTable
 from manta.fs.nodes import FOREVER_SECONDS, BlobNode, Folder, LinkNode, Node, TextNode
+from manta.telemetry.events import Opener, Telemetry
 
 XATTR_PREFIX = "user.manta."
 
@@ -87,14 +88,12 @@ class Totals:
 
 
 class Filesystem:
-    """`fill`: complete in the background what was read from."""
+    """`fill`: complete in the background what was read from. `telemetry` hears of reads."""
 
-    def __init__(
-        self, root: Folder, blobs: BlobSource, count_read: Callable[[int], None], *, fill: bool = True
-    ) -> None:
+    def __init__(self, root: Folder, blobs: BlobSource, telemetry: Telemetry, *, fill: bool = True) -> None:
         self._inodes = InodeTable(root)
         self._blobs = blobs
-        self._count_read = count_read
+        self._telemetry = telemetry
         self._fill = fill
         self._numbers = itertools.count(1)
         self._files: dict[int, Handle] = {}
@@ -155,8 +154,11 @@ class Filesystem:
 
     # Files -----------------------------------------------------------------------------------------------------------
 
-    def open_file(self, inode: int) -> OpenedFile:
-        """Raises Denied for what the hub hides from us, NoSpace and CacheBroken when the cache disk fails. Asks the hub nothing."""
+    def open_file(self, inode: int, pid: int = 0) -> OpenedFile:
+        """`pid`: which process opens it, 0 where it is not known. Asks the hub nothing.
+
+        Raises Denied for what the hub hides from us, NoSpace and CacheBroken when the cache disk fails.
+        """
         match node := self._node(inode):
             case TextNode():
                 handle: Handle = TextHandle(node.content)
@@ -165,7 +167,9 @@ class Filesystem:
                 handle, keep_cache = TextHandle(b""), True
             case BlobNode():
                 begin = partial(self._blobs.open, node.provenance)
-                opened = BlobHandle(begin, self._blobs.close, self._blobs.failed, self._count_read, fill=self._fill)
+                opened = BlobHandle(
+                    begin, self._blobs.close, self._blobs.failed, self._telemetry, Opener(inode, pid), fill=self._fill
+                )
                 if node.provenance.entry.blob is None or self._blobs.cached_bytes(node.provenance)[0]:
                     # What is hidden is refused here, and what is cached is kept from eviction from here on. Otherwise opening alone
                     # leaves no trace in the cache: programs open far more files than they read.

@@ -13,6 +13,7 @@ from manta.fetch.readahead import Readahead
 from manta.fetch.scheduler import Priority
 from manta.fetch.transfer import Transfer
 from manta.model.extents import Extent
+from manta.telemetry.events import Opener, ReadWait, Telemetry
 
 READ_BYTES_MAX = 1024 * 1024
 """The largest read the kernel sends: 256 pages."""
@@ -45,22 +46,27 @@ class TextHandle:
 
 
 class BlobHandle:
-    """An open blob. `begin` gives its transfer, which `done` gets back at the end; `failed` hears why a read got nothing, `count` of the
-    bytes read."""
+    """An open blob, opened by `opener`.
+
+    `begin` gives its transfer, which `done` gets back at the end; `failed` hears why a read got nothing, `telemetry` of all reads.
+    """
 
     def __init__(
         self,
         begin: Callable[[], Transfer],
         done: Callable[[Transfer], None],
         failed: Callable[[Transfer, MantaError], None],
-        count: Callable[[int], None],
+        telemetry: Telemetry,
+        opener: Opener,
         *,
         fill: bool,
     ) -> None:
         self._begin = begin
         self._done = done
         self._failed = failed
-        self._count = count
+        self._telemetry = telemetry
+        self._tally = telemetry.tally
+        self._opener = opener
         self._fill = self._fill_wanted = fill
         self._attached: tuple[Transfer, Readahead] | None = None
 
@@ -92,14 +98,42 @@ class BlobHandle:
             self._follow_up(transfer, ahead, extent)
         else:
             ahead = range(0)
-        while True:
-            # None after it either: what it found there is read at once, or in a thread, and then again if it was thrown away meanwhile.
-            await transfer.ensure(extent, onward=bool(ahead))
-            generation = blob.generation
-            data = await _from_cache(transfer, extent)
-            if blob.generation == generation:
-                self._count(len(data))
-                return data
+        wait: ReadWait | None = None
+        try:
+            while True:
+                if not transfer.readable(extent):
+                    wait = wait or self._begin_wait(transfer, extent)
+                    await transfer.ensure(extent, onward=bool(ahead))
+                # None after it either: what it found there is read at once, or in a thread, and then again if it was thrown away
+                # meanwhile.
+                generation = blob.generation
+                at_once = _from_page_cache(transfer, extent)
+                data = await _from_disk(transfer, extent) if at_once is None else at_once
+                if blob.generation == generation:
+                    break
+        except BaseException as e:
+            if wait is not None:
+                wait.failed(e)
+            else:
+                self._telemetry.read_failed(transfer.name, e)
+            raise
+        if wait is not None:
+            wait.served(len(data))
+            return data
+        # Every read comes by here: numbers, and no call.
+        tally = self._tally
+        tally.hits += 1
+        tally.chunks_found += (extent.end - 1) // blob.grid.chunk_size - extent.start // blob.grid.chunk_size + 1
+        if at_once is not None:
+            tally.page_cache_bytes += len(data)
+        else:
+            tally.disk_bytes += len(data)
+        return data
+
+    def _begin_wait(self, transfer: Transfer, extent: Extent) -> ReadWait:
+        blob = transfer.blob
+        chunks, missing = blob.grid.chunks(extent), len(blob.missing(extent))
+        return self._telemetry.read_waits(blob.id, transfer.name, extent, chunks, missing, self._opener)
 
     def _follow_up(self, transfer: Transfer, ahead: range, extent: Extent) -> None:
         transfer.look_ahead(self, ahead, extent)
@@ -115,18 +149,22 @@ class BlobHandle:
             self._done(transfer)
 
 
-async def _from_cache(transfer: Transfer, extent: Extent) -> bytes | memoryview:
-    """Bytes that are there. Raises CacheBroken."""
-    blob, length = transfer.blob, len(extent)
+def _from_page_cache(transfer: Transfer, extent: Extent) -> memoryview | None:
+    """None where it would have to wait for the disk: a slow one never holds the thread that serves everybody."""
+    length = len(extent)
     # A short answer would tell the kernel that the file ends there, so what is larger gets a buffer of its own.
     view = memoryview(_scratch)[:length] if length <= READ_BYTES_MAX else memoryview(bytearray(length))
-    with blob.descriptor() as fd:
+    with transfer.blob.descriptor() as fd:
         try:
-            # Without waiting, so that a slow disk never holds the thread that serves everybody.
             if os.preadv(fd, [view], extent.start, os.RWF_NOWAIT) == length:
                 return view
         except OSError:
             pass  # not in the page cache, or a filesystem without RWF_NOWAIT
+    return None
+
+
+async def _from_disk(transfer: Transfer, extent: Extent) -> bytes:
+    """Raises CacheBroken."""
     try:
         data = await trio.to_thread.run_sync(_read_slowly, transfer, extent)
     except OSError as e:
@@ -134,7 +172,7 @@ async def _from_cache(transfer: Transfer, extent: Extent) -> bytes | memoryview:
             f"{transfer.name} could not be read from the cache disk: {e.strerror}. Check the disk (dmesg); `manta cache verify`"
             " has what is damaged fetched anew."
         ) from e
-    if len(data) != length:
+    if len(data) != len(extent):
         raise CacheBroken(
             f"The cache file of {transfer.name} is too short: something outside Manta changed it. Run `manta cache verify`,"
             " which has what is damaged fetched anew."

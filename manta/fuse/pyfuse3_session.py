@@ -135,7 +135,7 @@ class _Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
         try:
-            opened = self._fs.open_file(inode)
+            opened = self._fs.open_file(inode, ctx.pid)
         except Exception as e:
             raise self._refuse(e) from e
         return pyfuse3.FileInfo(

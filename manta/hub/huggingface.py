@@ -79,9 +79,11 @@ class HuggingFaceHub:
             )
         self._limiter = trio.CapacityLimiter(THREADS_MAX)
         self._api: HfApi | None = None
-        self._quotas: dict[str, Quota] = {}
+        self._quotas: dict[str, tuple[Quota, float]] = {}  # and when it was told, by the monotonic clock
         self._marks: OrderedDict[tuple[RepoId, Access], tuple[bool, bool]] = OrderedDict()
         self._throttled_until: dict[Access, float] = {}
+        self.throttles = 0
+        """Questions that were answered with a request to wait (HTTP 429)."""
 
     @property
     def endpoint(self) -> str:
@@ -89,16 +91,20 @@ class HuggingFaceHub:
 
     @property
     def quotas(self) -> Mapping[str, Quota]:
-        """The hub's request quotas by kind ("api", "resolvers"), each as the last answer had it, whoever asked."""
-        # A copy: threads write to it.
-        return dict(self._quotas)
+        """The hub's request quotas by kind ("api", "resolvers"), each as the last answer had it, whoever asked; `reset_s` is from now."""
+        now = time.monotonic()
+        # Of a copy: threads write to it.
+        return {
+            kind: replace(quota, reset_s=max(0, round(quota.reset_s - (now - told))))
+            for kind, (quota, told) in dict(self._quotas).items()
+        }
 
     def note_headers(self, headers: Mapping[str, str]) -> None:
         """Takes the quota from an answer's headers (names in lower case): also from one that a worker got."""
         quota = parse_quota(headers)
         # A hub has two or three kinds; whoever sends more is not a hub.
         if quota is not None and (quota.kind in self._quotas or len(self._quotas) < 8):
-            self._quotas[quota.kind] = quota
+            self._quotas[quota.kind] = quota, time.monotonic()
 
     async def resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolved:
         access = self._latest(access)
@@ -236,6 +242,7 @@ class HuggingFaceHub:
         except trio.TooSlowError:
             raise self._silence(question) from None
         except Throttled as error:
+            self.throttles += 1
             self._throttled_until[question.access] = trio.current_time() + error.retry_after_s
             raise
         finally:

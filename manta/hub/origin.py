@@ -199,6 +199,10 @@ class Origin(Protocol):
         """
         ...
 
+    def note_headers(self, headers: Mapping[str, str]) -> None:
+        """Takes what an answer to `location_request` says of the origin's quotas; headers have names in lower case."""
+        ...
+
     def same_origin(self, url: str) -> bool:
         """Whether `url` (absolute) is on the origin's own scheme, host and port: only there may Authorization go."""
         ...

@@ -23,6 +23,7 @@ from manta.errors import Absent, InUse, Invalid
 from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, Target, is_commit, parse_blob_id, parse_target
 from manta.model.snapshot import Snapshot
 from manta.operations.room import Room
+from manta.telemetry.events import Telemetry
 
 NAMES_MAX = 4
 
@@ -33,7 +34,7 @@ SHORT_BLOB_MIN = len("git-") + 7
 
 
 class Housekeeping:
-    """`mounted` names the blobs of all mounts: they count as in use."""
+    """`mounted` names the blobs of all mounts: they count as in use. `telemetry` hears what goes; None: nobody looks."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Housekeeping:
         config: CacheConfig,
         room: Room,
         mounted: Callable[[], Container[BlobId]],
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._store = store
         self._metadata = metadata
@@ -50,6 +52,7 @@ class Housekeeping:
         self._config = config
         self._room = room
         self._mounted = mounted
+        self._telemetry = telemetry or Telemetry()
 
     # What there is ---------------------------------------------------------------------------------------------------
 
@@ -203,4 +206,5 @@ class Housekeeping:
                     kept.append(e.message)
                 else:
                     removed.append(described)
+        self._telemetry.evicted(len(removed), freed, "request")
         return Removal(removed, freed, kept)

@@ -17,13 +17,13 @@ from manta.cache.store import Store
 from manta.control.protocol import Job, JobState
 from manta.errors import Absent, Corrupt, InUse, MantaError
 from manta.fetch.fetcher import Fetcher
-from manta.fetch.meter import Meter
 from manta.fetch.sources import Provenance
 from manta.hub.catalog import Catalog
 from manta.hub.origin import Access
 from manta.model.ids import BlobId, Target
 from manta.model.snapshot import FileEntry
 from manta.operations.verification import Verification
+from manta.telemetry.meter import Meter
 
 log = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from manta.hub.origin import Access
 from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, RepoId, Target, parse_target
 from manta.model.snapshot import Contents, Snapshot
 from manta.operations.failures import Failures
+from manta.telemetry.events import FileRate
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ that a ref has meant since. A tree of a hundred files is about 60 KB."""
 
 FILES_MAX = 1_000_000
 """Files of all those trees, counted before the latest: 600 MB."""
+
+
+_NO_RATES: Mapping[BlobId, FileRate] = {}
 
 
 @dataclass(eq=False)
@@ -282,8 +286,11 @@ class Mounts:
                     if entry.blob == blob:
                         yield Provenance(repo, commit, entry, scope.access)
 
-    def describe(self, mounted: Mounted, failures: Failures) -> Mount:
-        """What status says of it. Sizes are of the mounted folder; for the whole hub, of the repos it has opened."""
+    def describe(self, mounted: Mounted, failures: Failures, rates: Mapping[BlobId, FileRate] = _NO_RATES) -> Mount:
+        """What status says of it. Sizes are of the mounted folder; for the whole hub, of the repos it has opened.
+
+        `rates`: what comes for each blob that is being fetched.
+        """
         scope, target = mounted.scope, mounted.target
         whole_hub = [snapshot.contents for snapshot in scope.held.values()]
         shown = [mounted.contents] if mounted.contents is not None else whole_hub
@@ -300,4 +307,9 @@ class Mounts:
             cached=sum(self._store.cached_of(contents.blobs) for contents in shown),
             stale=target is not None and scope.stale(target.repo, target.revision),
             errors=failures.of(scope.held),
+            rate=sum(
+                rate.bytes_per_second
+                for blob, rate in rates.items()
+                if any(blob in contents.blobs for contents in shown)
+            ),
         )

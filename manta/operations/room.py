@@ -24,6 +24,7 @@ from manta.config import CacheConfig
 from manta.errors import Absent, InUse, MantaError, NoSpace
 from manta.fetch.scheduler import Priority
 from manta.model.ids import BlobId
+from manta.telemetry.events import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,20 @@ class Fetching(Protocol):
 
 
 class Room:
-    """`mounted` names the blobs of all mounts. Give it the fetcher with `run`."""
+    """`mounted` names the blobs of all mounts. Give it the fetcher with `run`. `telemetry` hears what goes; None: nobody looks."""
 
-    def __init__(self, store: Store, pins: Pins, config: CacheConfig, mounted: Callable[[], Container[BlobId]]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        pins: Pins,
+        config: CacheConfig,
+        mounted: Callable[[], Container[BlobId]],
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._store = store
         self._pins = pins
         self._mounted = mounted
+        self._telemetry = telemetry or Telemetry()
         self._bounds = Bounds(config.size, config.free_space_floor)
         self._short = trio.Event()
         self._space: tuple[float, int, int, int] | None = None  # when, free, size, cached then
@@ -121,7 +130,8 @@ class Room:
         # Again where more has come while blobs were removed.
         while needed := excess(usage, self._bounds):
             was_short = True
-            freed = await self._evict(oldest(self.evictable(), needed, self._pins))
+            reason = "limit" if self._limit_is_nearer(usage) else "floor"
+            freed = await self._evict(oldest(self.evictable(), needed, self._pins), reason)
             self._space = None
             usage = self._usage(fetching.coming)
             if not freed:
@@ -146,15 +156,22 @@ class Room:
         mounted = self._mounted()
         return [info for info in self._store.listing() if info.id not in mounted]
 
-    async def _evict(self, chosen: list[BlobInfo]) -> int:
+    async def _evict(self, chosen: list[BlobInfo], reason: str) -> int:
         """Removes `chosen`, but for what has come into use meanwhile. Returns the bytes it freed. Raises CacheBroken."""
         freed = 0
         for info in chosen:
             try:
-                freed += await trio.to_thread.run_sync(self._store.remove, info.id)
+                size = await trio.to_thread.run_sync(self._store.remove, info.id)
             except (InUse, Absent):
                 continue
+            freed += size
+            self._telemetry.evicted(1, size, reason)
         return freed
+
+    def _limit_is_nearer(self, usage: Usage) -> bool:
+        """Which of the two bounds is the tighter one: cache.size, or the disk's free space."""
+        room_on_disk = usage.disk_free - self._bounds.floor_on(usage.disk_size)
+        return bool(self._bounds.limit) and self._bounds.limit - usage.cached <= room_on_disk
 
     def disk_free(self) -> int:
         """Bytes that the disk has left; 0 where it cannot be asked, which `problem` tells."""
@@ -173,8 +190,7 @@ class Room:
     def _sentence(self, usage: Usage, allowed: Admission) -> str:
         bounds, directory = self._bounds, self._store.directory
         floor = bounds.floor_on(usage.disk_size)
-        by_limit = bool(bounds.limit) and bounds.limit - usage.cached <= usage.disk_free - floor
-        if by_limit:
+        if self._limit_is_nearer(usage):
             full = f"The cache {directory} holds {_size(usage.cached)}, its limit is {_size(bounds.limit)} (cache.size)"
             remedy = "raise cache.size"
         else:

@@ -22,6 +22,7 @@ from manta.fetch.sources import PROVENANCES_MAX, Provenance
 from manta.fetch.workers import Workers
 from manta.hub.origin import Access
 from manta.model.ids import BlobId
+from manta.telemetry.events import Telemetry
 from manta.wire.messages import Failed
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ Progress = Callable[[int], None]
 
 
 class Verification:
-    """`discarded` hears of blobs of which the kernel may have wrong pages."""
+    """`discarded` hears of blobs of which the kernel may have wrong pages, `telemetry` what was found; None: nobody looks."""
 
     def __init__(
         self,
@@ -61,12 +62,14 @@ class Verification:
         workers: Workers,
         fetcher: Fetcher,
         discarded: Callable[[BlobId], None],
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._store = store
         self._metadata = metadata
         self._workers = workers
         self._fetcher = fetcher
         self._discarded = discarded
+        self._telemetry = telemetry or Telemetry()
         self._limiter = trio.CapacityLimiter(ORDERS_MAX)
 
     async def verify(
@@ -77,6 +80,13 @@ class Verification:
         `repair` is who asks the hub for what is damaged; None: nobody. Raises CacheBroken, NoSpace and Unavailable where it cannot be said
         what is damaged.
         """
+        found = await self._verify(blob_id, size, progress, full=full, repair=repair)
+        self._telemetry.verified("repaired" if found.repaired else "damaged" if found.damaged else "sound")
+        return found
+
+    async def _verify(
+        self, blob_id: BlobId, size: int, progress: Progress, *, full: bool, repair: Access | None
+    ) -> Findings:
         with self._store.open_blob(blob_id, size, use=False) as blob:
             was_sealed = blob.sealed
             damaged = await (self._whole(blob, progress) if full and was_sealed else self._chunks(blob, progress))

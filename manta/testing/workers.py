@@ -216,7 +216,7 @@ class FakeWorkers:
             if isinstance(message, Cancel):
                 cancelled.cancel()
 
-        control.bind(number, tell, watched=told.watched)
+        control.bind(number, 0, tell, watched=told.watched)
         try:
             with _Counted(self, told), cancelled:
                 await trio.lowlevel.checkpoint()

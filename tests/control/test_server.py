@@ -15,8 +15,9 @@ import msgspec
 import pytest
 import trio
 
-from manta.control import server
+from manta.control import http
 from manta.control.client import Client
+from manta.control.http import Answer
 from manta.control.protocol import (
     BODY_BYTES_MAX,
     Blob,
@@ -63,6 +64,8 @@ STATUS = Status(
     workers=2,
     errors=[],
 )
+
+METRICS = Answer(200, "text/plain; version=0.0.4", b"manta_mounts 1.0\n")
 
 
 class ScriptedService:
@@ -132,6 +135,9 @@ class ScriptedService:
 
     async def shut_down(self) -> Status:
         return await self._say(STATUS, "shut_down")
+
+    async def metrics(self) -> Answer:
+        return await self._say(METRICS, "metrics")
 
 
 class Running:
@@ -361,7 +367,7 @@ async def test_a_client_that_does_not_ask_is_cut_off(
         began = trio.current_time()
         with suppress(trio.BrokenResourceError):
             assert await stream.receive_some(65536) == b""
-        assert trio.current_time() - began == pytest.approx(server.ASK_SECONDS_MAX)
+        assert trio.current_time() - began == pytest.approx(http.ASK_SECONDS_MAX)
         assert r.service.calls == []
 
 
@@ -371,7 +377,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path, autojump_c
         r.service.status_answer = msgspec.structs.replace(STATUS, errors=["x" * 8_000_000])
         async with await r.connect() as stream:
             await stream.send_all(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
-            await trio.sleep(server.ASK_SECONDS_MAX - 1)
+            await trio.sleep(http.ASK_SECONDS_MAX - 1)
             assert r.control.connected == 1
             await trio.sleep(2)
             assert r.control.connected == 0
@@ -383,7 +389,7 @@ async def test_a_service_may_take_its_time(tmp_path: Path, autojump_clock: trio.
     async with running(tmp_path) as r, await r.connect() as stream:
         r.service.answer = trio.Event()
         await stream.send_all(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
-        await trio.sleep(10 * server.ASK_SECONDS_MAX)
+        await trio.sleep(10 * http.ASK_SECONDS_MAX)
         r.service.answer.set()
         assert (await stream.receive_some(65536)).startswith(b"HTTP/1.1 200 ")
 
@@ -404,13 +410,13 @@ async def test_a_client_that_goes_away_gets_what_it_asked_for_done(tmp_path: Pat
 
 @pytest.mark.trio
 async def test_clients_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CONNECTIONS_MAX", 3)
-    monkeypatch.setattr(server, "REFUSALS_MAX", 2)
+    monkeypatch.setattr(http, "CONNECTIONS_MAX", 3)
+    monkeypatch.setattr(http, "REFUSALS_MAX", 2)
     async with running(tmp_path) as r:
         held = [await r.connect() for _ in range(3)]
         await trio.testing.wait_all_tasks_blocked()
         assert r.control.connected == 3
-        with pytest.raises(Unavailable, match=r"3 commands at a time.*try again soon"):
+        with pytest.raises(Unavailable, match=r"3 requests at a time.*try again soon"):
             await r.ask(r.client.status)
         assert r.service.calls == []
         held += [await r.connect() for _ in range(2)]

@@ -65,6 +65,9 @@ class HubAddresses:
             ENDPOINT, repo, commit, entry, access, status=status, url=url, headers=headers, now=now
         )
 
+    def note_headers(self, headers: Mapping[str, str]) -> None:
+        self.noted = dict(headers)
+
 
 @dataclass(frozen=True)
 class File:

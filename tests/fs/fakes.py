@@ -140,6 +140,9 @@ class MemoryHub:
             raise Absent(f"{repo}/{entry.path} is gone from the hub.")
         return Location(headers["location"], {})
 
+    def note_headers(self, headers: Mapping[str, str]) -> None:
+        pass
+
     def same_origin(self, url: str) -> bool:
         return url.startswith(self.endpoint + "/")
 

@@ -18,6 +18,7 @@ from manta.fs.inodes import ROOT
 from manta.fs.nodes import FOREVER_SECONDS, Folder, Node, TextNode
 from manta.fs.views import LISTING_LIFETIME_SECONDS, REF_LIFETIME_SECONDS, HubCacheFolder, SnapshotFolder
 from manta.model.snapshot import FileEntry
+from manta.telemetry.events import Telemetry
 from tests.fs.fakes import (
     CHUNK,
     FIRST,
@@ -44,13 +45,10 @@ class Bench:
         self.hub = hub
         self.blobs = blobs
         self.source = MemorySource(hub)
-        self.counted = 0
+        self.telemetry = Telemetry()
 
     def over(self, root: Folder) -> Filesystem:
-        return Filesystem(root, self.blobs, self._count, fill=False)
-
-    def _count(self, count: int) -> None:
-        self.counted += count
+        return Filesystem(root, self.blobs, self.telemetry, fill=False)
 
     def show(self, files: Iterable[FileEntry], folder: str = "") -> Filesystem:
         return self.over(SnapshotFolder(self.source, self.hub.commit(MODEL, FIRST, files, "main"), folder))
@@ -294,7 +292,7 @@ async def test_a_file_is_opened_read_and_closed(tmp_path: Path) -> None:
         opened = fs.open_file((await fs.look_up(ROOT, b"weights")).inode)
         assert opened.keep_cache
         assert bytes(await fs.read(opened.handle, 5, 100)) == WEIGHTS[5:105]
-        assert b.counted == 100
+        assert b.telemetry.tally.bytes == 100
         assert (fs.open_files, b.blobs.opened) == (1, 1)
         fs.close_file(opened.handle)
         assert (fs.open_files, b.blobs.opened) == (0, 0)

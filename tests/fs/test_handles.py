@@ -20,6 +20,7 @@ from manta.fetch.sources import Provenance
 from manta.fs import handles
 from manta.fs.handles import READ_BYTES_MAX, BlobHandle, TextHandle
 from manta.model.snapshot import FileEntry
+from manta.telemetry.events import Opener, Telemetry
 from manta.testing.workers import failed
 from manta.wire.messages import Reason
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, Blobs, MemoryHub, content, fetching
@@ -37,19 +38,16 @@ class Reader:
         self.hub = hub
         self.entry = entry
         self.blobs = blobs
-        self.counted = 0
+        self.telemetry = Telemetry()
 
     def open(self, *, fill: bool = False) -> BlobHandle:
         begin = partial(self.blobs.open, Provenance(MODEL, FIRST, self.entry, ACCESS))
-        return BlobHandle(begin, self.blobs.close, self.blobs.failed, self._count, fill=fill)
+        return BlobHandle(begin, self.blobs.close, self.blobs.failed, self.telemetry, Opener(), fill=fill)
 
     @property
     def fetched(self) -> list[int]:
         """The chunks that were ordered, in that order."""
         return [order.start // CHUNK for order in self.hub.workers.fetches]
-
-    def _count(self, count: int) -> None:
-        self.counted += count
 
     async def fetch_all(self) -> None:
         transfer = self.blobs.open(Provenance(MODEL, FIRST, self.entry, ACCESS))
@@ -85,7 +83,7 @@ async def test_reads_come_from_the_hub_and_then_from_the_cache(tmp_path: Path) -
         fetched = reader.fetched
         assert bytes(await handle.read(offset, size)) == DATA[offset : offset + size]
         assert reader.fetched == fetched
-        assert reader.counted == 2 * size
+        assert reader.telemetry.tally.bytes == 2 * size
 
 
 @pytest.mark.parametrize(

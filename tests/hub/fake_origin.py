@@ -89,5 +89,8 @@ class FakeOrigin:
             self.endpoint, repo, commit, entry, access, status=status, url=url, headers=headers, now=now
         )
 
+    def note_headers(self, headers: Mapping[str, str]) -> None:
+        pass
+
     def same_origin(self, url: str) -> bool:
         return origin_of(url) == origin_of(self.endpoint)

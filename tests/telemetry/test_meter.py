@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from manta.fetch.meter import WINDOW_SECONDS, Meter
+from manta.telemetry.meter import WINDOW_SECONDS, Meter
 
 
 def test_nothing_has_no_rate() -> None:

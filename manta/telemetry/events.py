@@ -1,0 +1,384 @@
+"""What happens on the data path, told once: each method here is one event, which becomes a log record, numbers, and what `manta top` shows.
+
+The daemon builds one `Telemetry`; the filesystem, the fetcher, the sealer and the worker pool call it. It decides nothing, waits for
+nothing and raises nothing. Belongs to the trio thread.
+
+A read that has to wait gets an id, such as r3f9a-17 (the first part tells daemons apart whose records share a file), and every record about
+it carries that id: its own as `read`, those about an order or a question that serves several reads as `reads`. Who waits for which
+chunk is kept here, so that the fetcher need not carry ids around. See docs/observability.md for the records and their levels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from manta.errors import MantaError
+from manta.model.extents import Extent
+from manta.model.ids import BlobId
+from manta.telemetry.logs import fields
+from manta.telemetry.meter import Meter
+from manta.telemetry.metrics import Metrics
+from manta.wire.messages import Failed
+
+reads_log = logging.getLogger("manta.read")
+fetch_log = logging.getLogger("manta.fetch")
+
+SLOW_SECONDS = 5.0
+"""A read that waited longer than this is told of at info: a reader notices, and at 1 Gbit/s its chunk takes 67 ms."""
+
+NAMED_MAX = 8
+"""Reads that one record names. Programs that read a file with fifty threads make fifty of them wait for one chunk."""
+
+SOURCES_MAX = 16
+"""Hosts followed: a hub, and the CDN's hosts that it sends to. The one not used for longest goes."""
+
+FILES_MAX = 256
+"""Files whose rate is followed: more than can have an order under way (fetch.connections, at most 64, and as many for readers)."""
+
+
+class Opener(NamedTuple):
+    """Who opened a file. The kernel names the process at open; the library that brings its requests does not name it at read."""
+
+    inode: int = 0
+    pid: int = 0
+    """0 where it is not known: a process of another pid namespace."""
+
+
+class FileRate(NamedTuple):
+    """What comes for one file now, and from where: scheme, host and port, "" where nothing did of late."""
+
+    bytes_per_second: float
+    origin: str
+
+
+@dataclass(eq=False, slots=True)
+class Source:
+    """One host that bytes or answers come from."""
+
+    origin: str
+    """Scheme, host and port."""
+    meter: Meter = field(default_factory=Meter)
+    in_flight: int = 0
+    failures: int = 0
+
+
+class ReadWait:
+    """One read that has to wait. `served` or `failed` ends it."""
+
+    def __init__(
+        self, telemetry: Telemetry, blob: BlobId, file: str, extent: Extent, chunks: range, opener: Opener
+    ) -> None:
+        self.id = telemetry._new_id()
+        self.blob = blob
+        self.chunks = chunks
+        self.orders = 0
+        """Orders that were given for its chunks while it waited."""
+        self._telemetry = telemetry
+        self._file = file
+        self._extent = extent
+        self._began = telemetry._clock()
+        if reads_log.isEnabledFor(logging.DEBUG):
+            said = fields(
+                read=self.id, file=file, offset=extent.start, length=len(extent), blob=str(blob), chunks=list(chunks[:NAMED_MAX]),
+                inode=opener.inode, opened_by=opener.pid,
+            )  # fmt: skip
+            reads_log.debug("read waits", extra=said)
+
+    def served(self, count: int) -> None:
+        """It is answered, with `count` bytes."""
+        metrics, waited = self._telemetry.metrics, self._end("waited", "ok")
+        metrics.tally.origin_bytes += count
+        level = logging.INFO if waited > SLOW_SECONDS else logging.DEBUG
+        if reads_log.isEnabledFor(level):
+            said = fields(read=self.id, file=self._file, waited_s=waited, bytes=count, orders=self.orders, outcome="ok")
+            reads_log.log(level, "read answered", extra=said)
+
+    def failed(self, error: BaseException) -> None:
+        """It is answered with an error, or nobody waits for the answer any more."""
+        outcome = _outcome(error)
+        waited = self._end(outcome, "error")
+        said = fields(
+            read=self.id, file=self._file, offset=self._extent.start, length=len(self._extent), waited_s=waited, bytes=0,
+            orders=self.orders, outcome=outcome,
+        )  # fmt: skip
+        if outcome == "cancelled":
+            reads_log.debug("read cancelled", extra=said)
+        else:
+            reads_log.warning("read failed: %s", _sentence(error), extra=said)
+
+    def _end(self, outcome: str, kind: str) -> float:
+        telemetry = self._telemetry
+        waited = telemetry._clock() - self._began
+        telemetry._forget(self)
+        telemetry.metrics.reads.labels(outcome).inc()
+        telemetry.metrics.read_wait.labels(kind).observe(waited)
+        return waited
+
+
+class Question:
+    """One question to the hub where a file's bytes are. `answered` or `failed` ends it."""
+
+    def __init__(self, telemetry: Telemetry, blob: BlobId, file: str, origin: str) -> None:
+        self._telemetry = telemetry
+        self._blob = blob
+        self._file = file
+        self._source = telemetry._source(origin)
+        self._began = telemetry._clock()
+        if fetch_log.isEnabledFor(logging.DEBUG):
+            said = fields(file=file, blob=str(blob), host=origin, **telemetry._reads_of(blob))
+            fetch_log.debug("location asked", extra=said)
+
+    def answered(self, origin: str) -> None:
+        """The bytes are at `origin` (scheme, host, port)."""
+        self._end("ok", logging.DEBUG, "location answered", source=origin)
+
+    def failed(self, error: MantaError) -> None:
+        self._source.failures += 1
+        self._end(error.code, logging.INFO, "location refused: %s", error.message)
+
+    def _end(self, outcome: str, level: int, message: str, *words: str, **more: object) -> None:
+        telemetry, seconds = self._telemetry, self._telemetry._clock() - self._began
+        telemetry.metrics.locations.labels(outcome).inc()
+        telemetry.metrics.location_seconds.observe(seconds)
+        if fetch_log.isEnabledFor(level):
+            said = fields(
+                file=self._file, blob=str(self._blob), host=self._source.origin, seconds=seconds, **more,
+                **telemetry._reads_of(self._blob),
+            )  # fmt: skip
+            fetch_log.log(level, message, *words, extra=said)
+
+
+class Order:
+    """One order for bytes of a chunk. `ended` comes last, whatever became of it."""
+
+    def __init__(self, telemetry: Telemetry, blob: BlobId, file: str, chunk: int, priority: str, origin: str) -> None:
+        self._telemetry = telemetry
+        self._blob = blob
+        self._file = file
+        self._chunk = chunk
+        self._priority = priority
+        self._source = telemetry._source(origin)
+        self._meter = telemetry._file(blob, origin)
+        self._number = 0
+        self._given = telemetry._clock()
+        self._came = 0
+        self._hedge_in_flight = False
+        self._source.in_flight += 1
+
+    def given(self, extents: Iterable[tuple[int, int]], number: int, worker: int) -> None:
+        """A worker (its process id) has got it, under this number: these extents of the chunk, in this order."""
+        self._number, self._given = number, self._telemetry._clock()
+        for read in self._telemetry._waiting(self._blob, self._chunk):
+            read.orders += 1
+        self._tell(
+            logging.DEBUG, "order given", worker=worker, priority=self._priority, host=self._source.origin,
+            extents=[f"{start}-{end}" for start, end in extents],
+        )  # fmt: skip
+
+    def came(self, count: int) -> None:
+        """Bytes are in the cache file."""
+        telemetry = self._telemetry
+        now = telemetry._clock()
+        self._source.meter.add(count, now)
+        self._meter.add(count, now)
+        telemetry._fetched_bytes.inc(count)
+        if not self._came:
+            self._tell(logging.DEBUG, "first byte", seconds=now - self._given)
+        self._came += count
+
+    def done(self, seconds: float, first_byte_s: float) -> None:
+        """All of it came; the times are the worker's, from its request on."""
+        metrics = self._telemetry.metrics
+        metrics.fetches.labels("ok").inc()
+        metrics.fetch.observe(seconds)
+        metrics.fetch_first_byte.observe(first_byte_s)
+        self._tell(logging.DEBUG, "order done", seconds=seconds, first_byte_s=first_byte_s, bytes=self._came)
+
+    def recorded(self) -> None:
+        """The chunk is complete and in the chunk map."""
+        self._tell(logging.DEBUG, "chunk recorded")
+
+    def failed(self, failure: Failed, attempt: int, *, retry: bool, pause_s: float) -> None:
+        """It failed for the `attempt`th time in a row; with `retry` it is tried again after a pause."""
+        metrics = self._telemetry.metrics
+        metrics.fetches.labels(failure.reason).inc()
+        if retry:
+            metrics.retries.labels(failure.reason).inc()
+        if failure.reason != "cancelled":
+            self._source.failures += 1
+        self._tell(
+            logging.INFO, "order failed: %s", failure.message, reason=failure.reason, status=failure.status, bytes=self._came,
+            attempt=attempt, verdict=f"again in {pause_s:g} s" if retry else "given up",
+        )  # fmt: skip
+
+    def hedged(self, number: int, worker: int, after_s: float) -> None:
+        """The bytes that had not come after `after_s` were asked for on another connection too, as order `number`."""
+        self._hedge_in_flight = True
+        self._source.in_flight += 1
+        self._tell(logging.INFO, "order hedged", by_order=number, worker=worker, after_s=after_s)
+
+    def hedge_ended(self, outcome: str) -> None:
+        """`outcome` of the second request: won, lost or failed."""
+        if self._hedge_in_flight:
+            self._hedge_in_flight = False
+            self._source.in_flight -= 1
+        self._telemetry.metrics.hedges.labels(outcome).inc()
+        self._tell(logging.DEBUG, "hedge ended", outcome=outcome)
+
+    def ended(self) -> None:
+        self._source.in_flight -= 1
+
+    def _tell(self, level: int, message: str, *words: str, **more: object) -> None:
+        if fetch_log.isEnabledFor(level):
+            said = fields(
+                order=self._number, file=self._file, blob=str(self._blob), chunk=self._chunk, **more,
+                **self._telemetry._reads_of(self._blob, self._chunk),
+            )  # fmt: skip
+            fetch_log.log(level, message, *words, extra=said)
+
+
+class Telemetry:
+    """`clock` counts seconds from anywhere."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.metrics = Metrics()
+        self.tally = self.metrics.tally
+        """For the filesystem, which counts at every read."""
+        self._clock = clock
+        self._daemon = secrets.token_hex(2)
+        self._numbers = itertools.count(1)
+        self._waits: dict[BlobId, set[ReadWait]] = {}
+        self._sources: OrderedDict[str, Source] = OrderedDict()
+        self._files: OrderedDict[BlobId, tuple[Meter, str]] = OrderedDict()
+        self._fetched_bytes = self.metrics.fetched_bytes.labels("origin")
+
+    # Reads -----------------------------------------------------------------------------------------------------------
+
+    def read_waits(
+        self, blob: BlobId, file: str, extent: Extent, chunks: range, missing: int, opener: Opener
+    ) -> ReadWait:
+        """A read of `extent`, which touches `chunks` of which `missing` are not there, has to wait."""
+        wait = ReadWait(self, blob, file, extent, chunks, opener)
+        self._waits.setdefault(blob, set()).add(wait)
+        self.metrics.cache_chunks.labels("miss").inc(missing)
+        self.tally.chunks_found += len(chunks) - missing
+        return wait
+
+    def read_failed(self, file: str, error: BaseException) -> None:
+        """A read failed that did not wait for a fetch: the cache's disk."""
+        outcome = _outcome(error)
+        self.metrics.reads.labels(outcome).inc()
+        if outcome != "cancelled":
+            reads_log.warning("read failed: %s", _sentence(error), extra=fields(file=file, outcome=outcome))
+
+    def waiting(self, blob: BlobId | None = None) -> int:
+        """Reads that wait right now, for `blob` or at all."""
+        if blob is None:
+            return sum(map(len, self._waits.values()))
+        return len(self._waits.get(blob, ()))
+
+    # Fetches ---------------------------------------------------------------------------------------------------------
+
+    def question(self, blob: BlobId, file: str, origin: str) -> Question:
+        """The hub at `origin` is asked where the bytes of `blob` are."""
+        return Question(self, blob, file, origin)
+
+    def order(self, blob: BlobId, file: str, chunk: int, priority: str, origin: str) -> Order:
+        """An order for bytes of `chunk` at `origin` (scheme, host, port) is about to be given."""
+        return Order(self, blob, file, chunk, priority, origin)
+
+    def throttled(self, origin: str, seconds: float, request: str) -> None:
+        """`origin` asked for a pause when asked for a `request` (location or bytes)."""
+        self.metrics.throttles.labels(request).inc()
+        self.metrics.throttle_seconds.inc(seconds)
+        fetch_log.warning("the origin asks for a pause", extra=fields(host=origin, seconds=seconds, request=request))
+
+    def gave_up(self, error: MantaError) -> None:
+        """It became a sentence in `manta status`."""
+        self.metrics.errors.labels(error.code).inc()
+
+    def seal_ended(self, outcome: str) -> None:
+        """A complete blob was compared with the hub's digest: sealed, mismatch or failed."""
+        self.metrics.seals.labels(outcome).inc()
+
+    def worker_ended(self, role: str, pid: int) -> None:
+        """A worker process is gone, and its end has not been collected yet."""
+        self.metrics.worker_ended(role, pid)
+
+    # Care of the cache -----------------------------------------------------------------------------------------------
+
+    def evicted(self, blobs: int, size: int, reason: str) -> None:
+        """`reason`: limit, floor or request."""
+        self.metrics.evicted_blobs.labels(reason).inc(blobs)
+        self.metrics.evicted_bytes.labels(reason).inc(size)
+
+    def verified(self, outcome: str) -> None:
+        """A blob was compared with its digests on request: sound, damaged, or repaired."""
+        self.metrics.verified.labels(outcome).inc()
+
+    # For `manta top` -------------------------------------------------------------------------------------------------
+
+    def sources(self) -> list[tuple[Source, float]]:
+        """The hosts, the latest used first, and the bytes per second that come from each."""
+        now = self._clock()
+        return [(source, source.meter.rate(now)) for source in reversed(self._sources.values())]
+
+    def file_rate(self, blob: BlobId) -> FileRate:
+        meter, origin = self._files.get(blob, (None, ""))
+        return FileRate(meter.rate(self._clock()) if meter is not None else 0.0, origin)
+
+    # What is followed ------------------------------------------------------------------------------------------------
+
+    def _new_id(self) -> str:
+        return f"r{self._daemon}-{next(self._numbers)}"
+
+    def _forget(self, wait: ReadWait) -> None:
+        waits = self._waits[wait.blob]
+        waits.discard(wait)
+        if not waits:
+            del self._waits[wait.blob]
+
+    def _waiting(self, blob: BlobId, chunk: int | None = None) -> list[ReadWait]:
+        return [wait for wait in self._waits.get(blob, ()) if chunk is None or chunk in wait.chunks]
+
+    def _reads_of(self, blob: BlobId, chunk: int | None = None) -> dict[str, object]:
+        """The fields that name the reads that wait for `chunk` (None: for anything of `blob`); none where none waits."""
+        ids = sorted(wait.id for wait in self._waiting(blob, chunk))
+        more: dict[str, object] = {"reads_more": len(ids) - NAMED_MAX} if len(ids) > NAMED_MAX else {}
+        return {"reads": ids[:NAMED_MAX], **more} if ids else {}
+
+    def _source(self, origin: str) -> Source:
+        source = self._sources.get(origin)
+        if source is None:
+            source = self._sources[origin] = Source(origin)
+            idle = [name for name, other in self._sources.items() if not other.in_flight and other is not source]
+            if len(self._sources) > SOURCES_MAX and idle:
+                del self._sources[idle[0]]
+        self._sources.move_to_end(origin)
+        return source
+
+    def _file(self, blob: BlobId, origin: str) -> Meter:
+        meter, _ = self._files.get(blob, (None, ""))
+        self._files[blob] = meter or Meter(), origin
+        self._files.move_to_end(blob)
+        if len(self._files) > FILES_MAX:
+            self._files.popitem(last=False)
+        return self._files[blob][0]
+
+
+def _outcome(error: BaseException) -> str:
+    """The label of what ended a read: an error's code; `cancelled` where nobody waits for it any more."""
+    if isinstance(error, MantaError):
+        return error.code
+    return "error" if isinstance(error, Exception) else "cancelled"
+
+
+def _sentence(error: BaseException) -> str:
+    return error.message if isinstance(error, MantaError) else f"unforeseen {type(error).__name__}"
