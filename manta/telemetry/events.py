@@ -78,8 +78,9 @@ class ReadWait:
         self.id = telemetry._new_id()
         self.blob = blob
         self.chunks = chunks
-        self.orders = 0
-        """Orders that were given for its chunks while it waited."""
+        under_way = [order.number for order in telemetry._orders.get(blob, ()) if order.chunk in chunks]
+        self.orders = len(under_way)
+        """Orders for its chunks, those included that were under way when it came."""
         self._telemetry = telemetry
         self._file = file
         self._extent = extent
@@ -87,7 +88,7 @@ class ReadWait:
         if reads_log.isEnabledFor(logging.DEBUG):
             said = fields(
                 read=self.id, file=file, offset=extent.start, length=len(extent), blob=str(blob), chunks=list(chunks[:NAMED_MAX]),
-                inode=opener.inode, opened_by=opener.pid,
+                inode=opener.inode, opened_by=opener.pid, under_way=under_way[:NAMED_MAX],
             )  # fmt: skip
             reads_log.debug("read waits", extra=said)
 
@@ -159,23 +160,25 @@ class Order:
     """One order for bytes of a chunk. `ended` comes last, whatever became of it."""
 
     def __init__(self, telemetry: Telemetry, blob: BlobId, file: str, chunk: int, priority: str, origin: str) -> None:
+        self.chunk = chunk
+        self.number = 0
+        """0 until a worker has got it."""
         self._telemetry = telemetry
         self._blob = blob
         self._file = file
-        self._chunk = chunk
         self._priority = priority
         self._source = telemetry._source(origin)
         self._meter = telemetry._file(blob, origin)
-        self._number = 0
         self._given = telemetry._clock()
         self._came = 0
         self._hedge_in_flight = False
         self._source.in_flight += 1
+        telemetry._orders.setdefault(blob, []).append(self)
 
     def given(self, extents: Iterable[tuple[int, int]], number: int, worker: int) -> None:
         """A worker (its process id) has got it, under this number: these extents of the chunk, in this order."""
-        self._number, self._given = number, self._telemetry._clock()
-        for read in self._telemetry._waiting(self._blob, self._chunk):
+        self.number, self._given = number, self._telemetry._clock()
+        for read in self._telemetry._waiting(self._blob, self.chunk):
             read.orders += 1
         self._tell(
             logging.DEBUG, "order given", worker=worker, priority=self._priority, host=self._source.origin,
@@ -234,12 +237,16 @@ class Order:
 
     def ended(self) -> None:
         self._source.in_flight -= 1
+        orders = self._telemetry._orders[self._blob]
+        orders.remove(self)
+        if not orders:
+            del self._telemetry._orders[self._blob]
 
     def _tell(self, level: int, message: str, *words: str, **more: object) -> None:
         if fetch_log.isEnabledFor(level):
             said = fields(
-                order=self._number, file=self._file, blob=str(self._blob), chunk=self._chunk, **more,
-                **self._telemetry._reads_of(self._blob, self._chunk),
+                order=self.number, file=self._file, blob=str(self._blob), chunk=self.chunk, **more,
+                **self._telemetry._reads_of(self._blob, self.chunk),
             )  # fmt: skip
             fetch_log.log(level, message, *words, extra=said)
 
@@ -255,6 +262,7 @@ class Telemetry:
         self._daemon = secrets.token_hex(2)
         self._numbers = itertools.count(1)
         self._waits: dict[BlobId, set[ReadWait]] = {}
+        self._orders: dict[BlobId, list[Order]] = {}  # under way
         self._sources: OrderedDict[str, Source] = OrderedDict()
         self._files: OrderedDict[BlobId, tuple[Meter, str]] = OrderedDict()
         self._fetched_bytes = self.metrics.fetched_bytes.labels("origin")

@@ -13,17 +13,41 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar, get_args
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client import generate_latest as _rendered
 
 from manta import __version__
-from manta.errors import BY_CODE, Throttled
+from manta.errors import (
+    Absent,
+    CacheBroken,
+    Corrupt,
+    Denied,
+    InUse,
+    Invalid,
+    MantaError,
+    NoSpace,
+    Throttled,
+    Unavailable,
+)
 from manta.telemetry.processes import usage
 from manta.wire.messages import Reason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-ERRORS = (*BY_CODE, Throttled.code)
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody looks at
+
+ERRORS = tuple(
+    kind.code
+    for kind in (Absent, Denied, Unavailable, Throttled, Corrupt, NoSpace, CacheBroken, InUse, Invalid, MantaError)
+)
 ROLES = ("fetch", "digest")
 REASONS: tuple[str, ...] = get_args(Reason)
 
