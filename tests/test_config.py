@@ -307,3 +307,32 @@ def test_a_token_never_shows_in_its_repr() -> None:
     token = find_token({"HF_TOKEN": "hf_secret"})
     assert "hf_secret" not in repr(token)
     assert "HF_TOKEN" in repr(token)
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "path"),
+    [
+        ("127.0.0.1:9401", "127.0.0.1", 9401, ""),
+        (" localhost:1 ", "localhost", 1, ""),
+        ("[::1]:65535", "::1", 65535, ""),
+        ("0.0.0.0:80", "0.0.0.0", 80, ""),
+        ("unix:/run/manta/metrics.sock", "", 0, "/run/manta/metrics.sock"),
+    ],
+)
+def test_metrics_addresses(tmp_path: Path, text: str, host: str, port: int, path: str) -> None:
+    shown = loaded(tmp_path, flags={"daemon.metrics": text}).config.daemon.metrics
+    assert shown == text.strip()
+    assert module.parse_address(shown) == module.ListenAddress(host, port, path)
+
+
+def test_no_metrics_address_is_off() -> None:
+    assert module.parse_address("") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9401", ":9401", "host", "host:", "host:0", "host:70000", "host:x", "::1:80", "[host]:80", "unix:", "unix:a"],
+)
+def test_what_is_no_metrics_address_is_refused(tmp_path: Path, text: str) -> None:
+    assert "daemon.metrics" in refusal(tmp_path, file=f'[daemon]\nmetrics = "{text}"')
+    assert "HOST:PORT" in refusal(tmp_path, environ={"MANTA_DAEMON_METRICS": text})

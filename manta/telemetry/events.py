@@ -94,8 +94,10 @@ class ReadWait:
 
     def served(self, count: int) -> None:
         """It is answered, with `count` bytes."""
-        metrics, waited = self._telemetry.metrics, self._end("waited", "ok")
-        metrics.tally.origin_bytes += count
+        telemetry, waited = self._telemetry, self._end()
+        telemetry._reads_waited.inc()
+        telemetry._wait_ok.observe(waited)
+        telemetry.tally.origin_bytes += count
         level = logging.INFO if waited > SLOW_SECONDS else logging.DEBUG
         if reads_log.isEnabledFor(level):
             said = fields(read=self.id, file=self._file, waited_s=waited, bytes=count, orders=self.orders, outcome="ok")
@@ -103,8 +105,9 @@ class ReadWait:
 
     def failed(self, error: BaseException) -> None:
         """It is answered with an error, or nobody waits for the answer any more."""
-        outcome = _outcome(error)
-        waited = self._end(outcome, "error")
+        outcome, waited, metrics = _outcome(error), self._end(), self._telemetry.metrics
+        metrics.reads.labels(outcome).inc()
+        metrics.read_wait.labels("error").observe(waited)
         said = fields(
             read=self.id, file=self._file, offset=self._extent.start, length=len(self._extent), waited_s=waited, bytes=0,
             orders=self.orders, outcome=outcome,
@@ -114,13 +117,9 @@ class ReadWait:
         else:
             reads_log.warning("read failed: %s", _sentence(error), extra=said)
 
-    def _end(self, outcome: str, kind: str) -> float:
-        telemetry = self._telemetry
-        waited = telemetry._clock() - self._began
-        telemetry._forget(self)
-        telemetry.metrics.reads.labels(outcome).inc()
-        telemetry.metrics.read_wait.labels(kind).observe(waited)
-        return waited
+    def _end(self) -> float:
+        self._telemetry._forget(self)
+        return self._telemetry._clock() - self._began
 
 
 class Question:
@@ -199,7 +198,7 @@ class Order:
     def done(self, seconds: float, first_byte_s: float) -> None:
         """All of it came; the times are the worker's, from its request on."""
         metrics = self._telemetry.metrics
-        metrics.fetches.labels("ok").inc()
+        self._telemetry._fetches_done.inc()
         metrics.fetch.observe(seconds)
         metrics.fetch_first_byte.observe(first_byte_s)
         self._tell(logging.DEBUG, "order done", seconds=seconds, first_byte_s=first_byte_s, bytes=self._came)
@@ -265,7 +264,12 @@ class Telemetry:
         self._orders: dict[BlobId, list[Order]] = {}  # under way
         self._sources: OrderedDict[str, Source] = OrderedDict()
         self._files: OrderedDict[BlobId, tuple[Meter, str]] = OrderedDict()
+        # Looked up once: a label costs more than what is counted under it.
         self._fetched_bytes = self.metrics.fetched_bytes.labels("origin")
+        self._chunks_missed = self.metrics.cache_chunks.labels("miss")
+        self._reads_waited = self.metrics.reads.labels("waited")
+        self._wait_ok = self.metrics.read_wait.labels("ok")
+        self._fetches_done = self.metrics.fetches.labels("ok")
 
     # Reads -----------------------------------------------------------------------------------------------------------
 
@@ -275,7 +279,7 @@ class Telemetry:
         """A read of `extent`, which touches `chunks` of which `missing` are not there, has to wait."""
         wait = ReadWait(self, blob, file, extent, chunks, opener)
         self._waits.setdefault(blob, set()).add(wait)
-        self.metrics.cache_chunks.labels("miss").inc(missing)
+        self._chunks_missed.inc(missing)
         self.tally.chunks_found += len(chunks) - missing
         return wait
 

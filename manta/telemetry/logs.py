@@ -29,7 +29,7 @@ KINDS_MAX = 512
 """Kinds of records followed. The code has about a hundred; a library that writes its values into the template must not grow this."""
 
 _QUERY = re.compile(r"(\bhttps?://[^\s\"'<>?\\]+)\?[^\s\"'<>\\]*")
-_TOKEN = re.compile(r"\b(hf_|Bearer )[\w.~+/=-]+", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(hf_(?=\w{20})|[Bb]earer (?=\S{8}))[\w.~+/=-]+")  # a repo may be called hf_model
 
 
 def fields(**values: object) -> dict[str, Any]:

@@ -207,6 +207,15 @@ async def test_every_call_of_the_client_reaches_the_service_and_its_answer_comes
         assert r.service.calls == []
 
 
+@pytest.mark.trio
+async def test_metrics_are_served_as_they_are(tmp_path: Path) -> None:
+    async with running(tmp_path) as r:
+        answer = await r.say(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"content-type: text/plain; version=0.0.4\r\n" in answer
+        assert answer.endswith(b"\r\n\r\nmanta_mounts 1.0\n")
+        assert r.service.calls == [("metrics",)]
+
+
 def test_the_client_has_a_call_for_every_route(tmp_path: Path) -> None:
     assert len(ControlServer(ScriptedService(), tmp_path / "s")._routes) == len(CALLS)
 
