@@ -181,11 +181,12 @@ def _drawn(section: _Section, shown: int, width: int) -> list[Line]:
 
 def _fitted(section: _Section, rows: Sequence[Sequence[str]], width: int) -> list[str]:
     kept, hides = list(range(len(section.head))), list(section.hides)
+    needed = min(NAME_COLUMNS_MIN, max(columns(row[0]) for row in rows))
     while True:
         others = sum(
             max(map(columns, (section.head[i].removeprefix(">"), *(row[i] for row in rows)))) + 2 for i in kept[1:]
         )
-        if width - others >= NAME_COLUMNS_MIN or not hides:
+        if width - others >= needed or not hides:
             break
         kept.remove(hides.pop(0))
     room = max(width - others, 8)

@@ -165,8 +165,8 @@ class _Screen:
         )
         # No line break after the last line, which would scroll the first one away.
         # Erased before it is written: in the last column the cursor stands on what it wrote.
-        text = "\r\n".join(_ERASED + self._painted(line) for line in lines)
-        sys.stdout.write(_HOME + text + ("\r\n" + _REST_ERASED if len(lines) < (height or 24) else ""))
+        text = "\n".join(_ERASED + self._painted(line) for line in lines)
+        sys.stdout.write(_HOME + text + ("\n" + _REST_ERASED if len(lines) < (height or 24) else ""))
         sys.stdout.flush()
 
     def _painted(self, line: Line) -> str:

@@ -28,6 +28,7 @@ from manta.hub.origin import Access, Location, Origin, OriginRequest
 from manta.model.extents import Extent
 from manta.model.ids import BlobAlgorithm, BlobId, Commit, RepoId, RepoKind
 from manta.model.snapshot import FileEntry
+from manta.telemetry.events import Telemetry
 from manta.testing.workers import SECRET, FakeWorkers
 
 CHUNK = 512 * 1024
@@ -42,7 +43,10 @@ _random_bytes = random.Random(4).randbytes(8 * CHUNK + 3)
 
 
 class HubAddresses:
-    """The part of an origin that the fetcher uses: what to ask and what the answer means."""
+    """The part of an origin that the fetcher uses: what to ask and what the answer means. `noted` are the headers of the last answer."""
+
+    def __init__(self) -> None:
+        self.noted: dict[str, str] = {}
 
     endpoint = ENDPOINT
 
@@ -96,9 +100,13 @@ class World:
         self.failures: list[tuple[Provenance, MantaError]] = []
         self.config = replace(FetchConfig(), **config)  # type: ignore[arg-type]
         self.discarded: list[Transfer] = []
-        self.sealer = Sealer(self.workers, self.fail, self.discarded.append)
-        origin = None if offline else cast(Origin, HubAddresses())
-        self.fetcher = Fetcher(self.store, self.workers, origin, self.config, self.fail, self.sealer.grown)
+        self.telemetry = Telemetry()
+        self.sealer = Sealer(self.workers, self.fail, self.discarded.append, self.telemetry)
+        self.hub = HubAddresses()
+        origin = None if offline else cast(Origin, self.hub)
+        self.fetcher = Fetcher(
+            self.store, self.workers, origin, self.config, self.fail, self.sealer.grown, telemetry=self.telemetry
+        )
         self.nursery: trio.Nursery
 
     def fail(self, provenance: Provenance, error: MantaError) -> None:

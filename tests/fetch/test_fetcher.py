@@ -26,9 +26,11 @@ from manta.fetch.stragglers import SILENCE_SECONDS
 from manta.fetch.transfer import LATE_SECONDS
 from manta.model.extents import Extent
 from manta.model.snapshot import FileEntry
+from manta.telemetry.events import Opener
 from manta.testing.workers import SECRET, Order, failed
 from manta.wire.messages import Fetch, Located, Reason
 from tests.fetch.conftest import CHUNK, COMMIT, ENDPOINT, NEXT_BOOT, TOKEN, File, World, prefill
+from tests.telemetry.test_metrics import samples
 
 MakeWorld = Callable[..., World]
 pytestmark = pytest.mark.trio
@@ -1007,3 +1009,85 @@ async def test_every_provenance_is_refused_once_and_the_hub_is_left_alone_for_a_
         await world.read(one, transfer, 0, 10)
         for _ in range(2):
             world.fetcher.close(transfer)
+
+
+# What is told ------------------------------------------------------------------------------------------------------------
+
+
+async def test_what_becomes_of_a_fetch_is_told_and_counted(
+    autojump_clock: MockClock, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "manta")
+    async with world.running():
+        file = world.publish("a", 2 * CHUNK)
+        world.workers.fault("locate", failed("unavailable", "hub.test went away"), times=1)
+        world.workers.fault("fetch", failed("unavailable", "cdn answered 503", status=503), times=1)
+        transfer = world.fetcher.open(file.provenance)
+        read = world.telemetry.read_waits(
+            transfer.blob.id, transfer.name, Extent(CHUNK, CHUNK + 9), range(1, 2), 1, Opener()
+        )
+        await world.read(file, transfer, CHUNK, CHUNK + 9)
+        read.served(9)
+        transfer.want_whole(Priority.PREFETCH)
+        await transfer.complete()
+        world.fetcher.close(transfer)
+        assert world.hub.noted["x-linked-size"] == str(2 * CHUNK), "the hub's quota comes with these"
+    told = [(r.getMessage(), r.__dict__["fields"]) for r in caplog.records if r.name in {"manta.fetch", "manta.read"}]
+    of_the_read = [message for message, said in told if read.id in (said.get("read"), *said.get("reads", ()))]
+    assert of_the_read[:2] == ["read waits", "location asked"]
+    assert of_the_read[2].startswith("location refused: org/one/a: hub.test went away")
+    assert of_the_read[3:8] == [
+        "location asked",
+        "location answered",
+        "order given",
+        "order failed: cdn answered 503",
+        "order given",
+    ]
+    assert "first byte" in of_the_read
+    assert of_the_read[-1] == "read answered"
+    assert TOKEN not in caplog.text
+    assert SECRET not in caplog.text
+    numbers = samples(world.telemetry.metrics)
+    assert numbers["manta_fetches_total{outcome=ok}"] == 2
+    assert (
+        numbers["manta_fetches_total{outcome=unavailable}"] == numbers["manta_retries_total{reason=unavailable}"] == 1
+    )
+    assert numbers["manta_location_requests_total{outcome=ok}"] == 1
+    assert numbers["manta_location_requests_total{outcome=unavailable}"] == 1
+    assert numbers["manta_fetched_bytes_total{source=origin}"] == 2 * CHUNK
+    assert numbers["manta_seals_total{outcome=sealed}"] == 1
+    assert all(source.in_flight == 0 for source, _ in world.telemetry.sources())
+    assert not world.telemetry._orders
+
+
+async def test_what_becomes_of_a_hedge_is_counted(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        for name, outcome in (("a", "won"), ("b", "lost"), ("c", "failed")):
+            file = world.publish(name, CHUNK)
+            late = world.workers.fault("fetch", hold=True, after_bytes=5)
+            hedge = world.workers.fault(
+                "fetch", failed("denied") if outcome == "failed" else None, hold=outcome == "lost"
+            )
+            async with trio.open_nursery() as readers:
+                readers.start_soon(world.read_once, file, 0, CHUNK)
+                await hedge.reached.wait()
+                if outcome != "won":
+                    await wait(world)
+                    late.release()
+            await wait(world)
+            assert samples(world.telemetry.metrics)[f"manta_hedges_total{{outcome={outcome}}}"] == 1
+        assert all(source.in_flight == 0 for source, _ in world.telemetry.sources())
+
+
+async def test_who_wants_to_be_left_alone_is_known(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        world.workers.fault("fetch", failed("throttled", status=429, retry_after_s=30))
+        async with trio.open_nursery() as readers:
+            readers.start_soon(world.read_once, file, 0, 10)
+            await trio.sleep(10)
+            assert world.fetcher.pauses() == {"https://cdn.test:443": pytest.approx(20, abs=1)}
+        assert world.fetcher.pauses() == {}
+    numbers = samples(world.telemetry.metrics)
+    assert numbers["manta_throttles_total{request=bytes}"] == 1
+    assert numbers["manta_throttle_seconds_total"] == 30

@@ -20,9 +20,11 @@ from manta.cache.digests import chunk_digest
 from manta.errors import Unavailable
 from manta.fetch import workers as module
 from manta.fetch.workers import OrderControl, WorkerPool
+from manta.telemetry.events import Telemetry
 from manta.testing.hub import Generated, GeneratedContent, HubProcess, HubSpec, RepoSpec, faults
 from manta.wire.channel import receive_nowait
 from manta.wire.messages import Digested, Failed, Fetch, Fetched, Located
+from tests.telemetry.test_metrics import samples
 
 SIZE = 2_000_000
 REPO, FILE = "manta/one", "model.bin"
@@ -96,6 +98,27 @@ async def locate(pool: WorkerPool, hub: HubProcess) -> str:
 
 def order(url: str, start: int = 0, end: int = 1_000_000, stall_s: float = 20.0) -> Callable[[int], Fetch]:
     return lambda number: Fetch(number, url, {}, start, end, [(start, end)], SIZE, stall_s)
+
+
+async def test_what_a_worker_writes_to_stderr_becomes_a_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The interpreter's own words of one that cannot start, for instance."""
+    complains = tmp_path / "python"
+    complains.write_text("#!/bin/sh\necho 'Traceback:' >&2; echo '  no module' >&2; exit 3\n")
+    complains.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(complains))
+    telemetry = Telemetry()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(WorkerPool(1, telemetry).run)
+        with trio.fail_after(30):
+            while "fetch worker says" not in caplog.text or "exit code 3" not in caplog.text:
+                await trio.sleep(0.02)
+        nursery.cancel_scope.cancel()
+    said = next(r for r in caplog.records if r.getMessage().startswith("a fetch worker says"))
+    assert said.getMessage() == "a fetch worker says: Traceback:\n  no module"
+    assert said.__dict__["fields"]["role"] == "fetch"
+    assert samples(telemetry.metrics)["manta_worker_restarts_total{role=fetch}"] >= 1
 
 
 async def test_orders_are_carried_out(hub: HubProcess, cache_fd: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,9 +22,11 @@ from manta.fs import handles
 from manta.fs.handles import READ_BYTES_MAX, BlobHandle, TextHandle
 from manta.model.snapshot import FileEntry
 from manta.telemetry.events import Opener, Telemetry
+from manta.telemetry.metrics import Tally
 from manta.testing.workers import failed
 from manta.wire.messages import Reason
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, Blobs, MemoryHub, content, fetching
+from tests.telemetry.test_metrics import samples
 
 SIZE = 40 * CHUNK + 123
 DATA = content(SIZE)
@@ -308,3 +311,37 @@ async def test_what_is_thrown_away_while_it_is_read_is_read_anew(
         monkeypatch.setattr(os, "pread", read_damaged)
         assert bytes(await handle.read(0, CHUNK)) == DATA[:CHUNK]
         assert len(damaged) == 1
+
+
+@pytest.mark.trio
+async def test_reads_are_counted_by_what_they_had_to_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with reading(tmp_path) as reader:
+        handle = reader.open()
+        await handle.read(3 * CHUNK - 5, CHUNK)  # two chunks, none there
+        await handle.read(3 * CHUNK - 5, CHUNK)
+        assert reader.telemetry.tally == Tally(1, 2, CHUNK, 0, CHUNK)
+        caplog.clear()
+        await handle.read(0, 0)
+        assert caplog.records == []
+        monkeypatch.setattr(os, "preadv", lambda *_: 0)  # not in the page cache
+        await handle.read(2 * CHUNK, 10)
+        assert reader.telemetry.tally == Tally(2, 3, CHUNK, 10, CHUNK)
+        monkeypatch.setattr(os, "pread", lambda *_: b"")
+        with pytest.raises(CacheBroken):
+            await handle.read(2 * CHUNK, 10)
+        reader.hub.workers.fault("fetch", failed("denied", "no"), times=None)
+        with pytest.raises(Denied):
+            await handle.read(0, 10)
+        handle.close()
+        numbers = samples(reader.telemetry.metrics)
+        shown = {
+            name: numbers[f"manta_reads_total{{outcome={name}}}"]
+            for name in ("hit", "waited", "cache_broken", "denied")
+        }
+        assert shown == {"hit": 2, "waited": 1, "cache_broken": 1, "denied": 1}
+        assert numbers["manta_cache_chunk_requests_total{result=miss}"] == 3
+        assert [r.levelname for r in caplog.records if r.getMessage().startswith("read failed")] == ["WARNING"] * 2
+        assert reader.telemetry.waiting() == 0
