@@ -439,7 +439,10 @@ async def test_clients_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.trio
 @pytest.mark.parametrize("target", ["/v1/mounts", "/v1/prefetch"])
-async def test_what_waits_for_the_hub_ends_with_its_client(tmp_path: Path, target: str) -> None:
+async def test_what_waits_for_the_hub_ends_with_its_client(
+    tmp_path: Path, target: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     async with running(tmp_path) as r:
         r.service.answer = trio.Event()
         stream = await r.connect()
@@ -449,6 +452,9 @@ async def test_what_waits_for_the_hub_ends_with_its_client(tmp_path: Path, targe
         await trio.testing.wait_all_tasks_blocked()
         assert r.control.connected == 0
         assert r.service.abandoned == 1
+        assert [(x.levelname, x.getMessage().partition(":")[0]) for x in caplog.records] == [
+            ("INFO", "a client left before its answer")
+        ]
         r.service.answer.set()
         assert await r.ask(r.client.status) == STATUS
 

@@ -20,6 +20,7 @@ from manta.operations.jobs import Jobs
 from manta.operations.mounts import Mounted, Mounts
 from manta.operations.room import Room
 from manta.operations.verification import Verification
+from manta.telemetry.events import Telemetry
 from tests.fs.fakes import ACCESS, Blobs, MemoryHub, fetching
 
 
@@ -31,6 +32,7 @@ class Node:
         self.hub = hub
         self.blobs = blobs
         self.store = store
+        self.telemetry = Telemetry()
         self.metadata = MetadataStore(store.layout.meta)
         self.pins = Pins(store.layout.pins)
         self.catalog = Catalog(hub, self.metadata, nursery, owner=ACCESS)
@@ -40,15 +42,19 @@ class Node:
         self._one_ended = trio.Event()
         self.discarded: list[BlobId] = []
         self.mounts = Mounts(self.catalog, store, root, lambda mounted: self.gone.append(mounted.id))
-        self.verification = Verification(store, self.metadata, hub.workers, blobs.fetcher, self.discarded.append)
+        self.verification = Verification(
+            store, self.metadata, hub.workers, blobs.fetcher, self.discarded.append, self.telemetry
+        )
         self.jobs = Jobs(nursery, self.catalog, blobs.fetcher, store, self.verification, self._count_ended)
         self.housekeeping = self.housekeeping_with(CacheConfig())
 
     def housekeeping_with(self, config: CacheConfig) -> Housekeeping:
-        return Housekeeping(self.store, self.metadata, self.pins, config, self.room_with(config), self.mounts.blobs)
+        return Housekeeping(
+            self.store, self.metadata, self.pins, config, self.room_with(config), self.mounts.blobs, self.telemetry
+        )
 
     def room_with(self, config: CacheConfig) -> Room:
-        return Room(self.store, self.pins, config, self.mounts.blobs)
+        return Room(self.store, self.pins, config, self.mounts.blobs, self.telemetry)
 
     def _count_ended(self) -> None:
         self.ended += 1

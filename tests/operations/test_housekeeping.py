@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trio
 
 from manta.config import CacheConfig
 from manta.control.protocol import MountRequest
 from manta.errors import Absent, Invalid
+from manta.fetch.scheduler import Priority
 from manta.fetch.sources import Provenance
 from manta.model.ids import BlobId
 from manta.operations.housekeeping import NAMES_MAX
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, content
 from tests.operations.node import Node, node
+from tests.telemetry.test_metrics import samples
 
 A, B, C = (content(size * CHUNK, seed=size) for size in (1, 2, 3))
 
@@ -241,6 +244,34 @@ async def test_the_least_recently_used_goes_first(tmp_path: Path, hub: MemoryHub
         assert (removal.freed, left(n)) == (2 * CHUNK, {A_ID, C_ID})
         assert (await n.housekeeping.collect(0, dry_run=False)).freed == 4 * CHUNK
         assert left(n) == set()
+        numbers = samples(n.telemetry.metrics)
+        assert numbers["manta_cache_evicted_blobs_total{reason=request}"] == 3
+        assert numbers["manta_cache_evicted_bytes_total{reason=request}"] == 6 * CHUNK
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("reason", "bounds"),
+    [
+        ("limit", CacheConfig(size=5 * CHUNK, free_space_floor=0)),
+        ("floor", CacheConfig(free_space_floor=1024**5)),  # counts as half of the disk
+    ],
+)
+async def test_what_goes_by_itself_is_counted_by_the_bound_that_asked_for_it(
+    tmp_path: Path, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch, reason: str, bounds: CacheConfig
+) -> None:
+    async with node(tmp_path, hub) as n, trio.open_nursery() as nursery:
+        await filled(n)
+        free, size = (1000 * CHUNK, 3000 * CHUNK) if reason == "floor" else (1000 * CHUNK, 1000 * CHUNK)
+        monkeypatch.setattr(n.store, "disk_space", lambda: (free, size))
+        room = n.room_with(bounds)
+        assert room.least_urgent(0) is not Priority.FILL
+        nursery.start_soon(room.run, n.blobs.fetcher)
+        with trio.fail_after(30):
+            while A_ID in left(n):
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+        assert samples(n.telemetry.metrics)[f"manta_cache_evicted_blobs_total{{reason={reason}}}"] >= 1
 
 
 @pytest.mark.trio

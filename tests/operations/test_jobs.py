@@ -17,6 +17,7 @@ from manta.testing.workers import failed
 from manta.wire.messages import Fetch, Verify
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, content
 from tests.operations.node import node
+from tests.telemetry.test_metrics import samples
 
 BIG = content(10 * CHUNK, seed=1)
 SMALL = content(100, seed=2)
@@ -225,6 +226,11 @@ async def test_a_damaged_blob_is_a_problem_also_where_it_was_repaired(tmp_path: 
             assert (done.state, done.damaged, done.repaired) == ("failed", 1, 1 if repair else 0)
             assert len(done.problems) == 1
             await n.fetch("org/name")
+        numbers = samples(n.telemetry.metrics)
+        outcomes = [
+            numbers[f"manta_verified_blobs_total{{outcome={name}}}"] for name in ("sound", "damaged", "repaired")
+        ]
+        assert outcomes == [2, 1, 1]
 
 
 @pytest.mark.trio
