@@ -99,6 +99,7 @@ class Daemon:
         self._store = store
         self._ephemeral = ephemeral
         self._started = time.time()
+        self._asking_disk = trio.CapacityLimiter(1)  # one that hangs takes one thread, not one per scrape
         self._direct = os.geteuid() != 0
         self._telemetry = Telemetry()
         self._telemetry.metrics.announce(Pyfuse3Session.name)
@@ -423,7 +424,9 @@ class Daemon:
     async def metrics(self) -> Answer:
         disk_free: int | None = None
         with trio.move_on_after(DISK_SECONDS_MAX), contextlib.suppress(MantaError):
-            disk_free, _ = await trio.to_thread.run_sync(self._store.disk_space, abandon_on_cancel=True)
+            disk_free, _ = await trio.to_thread.run_sync(
+                self._store.disk_space, abandon_on_cancel=True, limiter=self._asking_disk
+            )
         state = State(
             cache_bytes=self._store.cached_bytes,
             cache_limit=self._config.cache.size,

@@ -179,9 +179,9 @@ class _Screen:
         sys.stdout.flush()
 
     def _give_back(self) -> None:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
         sys.stdout.write(_LEAVE)
         sys.stdout.flush()
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._give_back()

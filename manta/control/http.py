@@ -117,9 +117,8 @@ class HttpServer:
         except trio.BrokenResourceError:
             pass  # the client went away; what it asked for has been done
         except Exception:
-            log.exception(
-                "a control connection failed in an unforeseen way"
-            )  # it ends alone, not with everyone's mounts
+            # It ends alone, not with everyone's mounts.
+            log.exception("an HTTP connection failed in an unforeseen way")
         finally:
             self.connected -= 1
 

@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import socket
 import stat
 from collections.abc import Awaitable, Callable
 
@@ -32,8 +33,14 @@ class MetricsServer:
         self._http = HttpServer(self._answer, _refusal)
 
     async def serve(self, listeners: list[trio.SocketListener]) -> None:
-        """Until it is cancelled."""
-        await self._http.serve(listeners)
+        """Until it is cancelled; no socket file stays."""
+        paths = [each.socket.getsockname() for each in listeners if each.socket.family == socket.AF_UNIX]
+        try:
+            await self._http.serve(listeners)
+        finally:
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     async def _answer(self, request: Request) -> Answer:
         if request.target.partition("?")[0] != METRICS:
@@ -76,6 +83,7 @@ async def _listen_at_path(path: str) -> trio.SocketListener:
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     try:
         await sock.bind(path)
+        os.chmod(path, 0o666)  # a scraper has a user of its own; the directory says who may come here
         sock.listen(CONNECTIONS_MAX)
     except OSError:
         sock.close()

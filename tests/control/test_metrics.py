@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -93,8 +95,10 @@ async def test_a_unix_socket_takes_the_place_of_a_dead_one_and_of_nothing_else(t
     await dead.aclose()  # its file stays, as after a crash
     async with serving(address):
         assert (await say(address, GET % b"/metrics")).startswith(b"HTTP/1.1 200 ")
+        assert stat.S_IMODE(os.stat(address.path).st_mode) == 0o666
         with pytest.raises(Unavailable, match="another program listens there"):
             await listen(address)
+    assert not os.path.exists(address.path)
     plain = tmp_path / "file"
     plain.write_text("mine")
     with pytest.raises(Unavailable, match="no socket"):

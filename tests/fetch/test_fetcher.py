@@ -30,7 +30,7 @@ from manta.telemetry.events import Opener
 from manta.testing.workers import SECRET, Order, failed
 from manta.wire.messages import Fetch, Located, Reason
 from tests.fetch.conftest import CHUNK, COMMIT, ENDPOINT, NEXT_BOOT, TOKEN, File, World, prefill
-from tests.telemetry.test_metrics import samples
+from tests.telemetry.scrape import samples
 
 MakeWorld = Callable[..., World]
 pytestmark = pytest.mark.trio

@@ -24,7 +24,7 @@ from manta.telemetry.events import Telemetry
 from manta.testing.hub import Generated, GeneratedContent, HubProcess, HubSpec, RepoSpec, faults
 from manta.wire.channel import receive_nowait
 from manta.wire.messages import Digested, Failed, Fetch, Fetched, Located
-from tests.telemetry.test_metrics import samples
+from tests.telemetry.scrape import samples
 
 SIZE = 2_000_000
 REPO, FILE = "manta/one", "model.bin"

@@ -26,7 +26,7 @@ from manta.telemetry.metrics import Tally
 from manta.testing.workers import failed
 from manta.wire.messages import Reason
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, Blobs, MemoryHub, content, fetching
-from tests.telemetry.test_metrics import samples
+from tests.telemetry.scrape import samples
 
 SIZE = 40 * CHUNK + 123
 DATA = content(SIZE)

@@ -16,7 +16,7 @@ from manta.model.ids import BlobId
 from manta.operations.housekeeping import NAMES_MAX
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, content
 from tests.operations.node import Node, node
-from tests.telemetry.test_metrics import samples
+from tests.telemetry.scrape import samples
 
 A, B, C = (content(size * CHUNK, seed=size) for size in (1, 2, 3))
 

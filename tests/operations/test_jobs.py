@@ -17,7 +17,7 @@ from manta.testing.workers import failed
 from manta.wire.messages import Fetch, Verify
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, content
 from tests.operations.node import node
-from tests.telemetry.test_metrics import samples
+from tests.telemetry.scrape import samples
 
 BIG = content(10 * CHUNK, seed=1)
 SMALL = content(100, seed=2)

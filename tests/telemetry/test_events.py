@@ -13,7 +13,7 @@ from manta.model.ids import BlobId, parse_blob_id
 from manta.telemetry.events import FILES_MAX, NAMED_MAX, SLOW_SECONDS, SOURCES_MAX, Opener, ReadWait, Telemetry
 from manta.telemetry.metrics import Metrics
 from manta.wire.messages import Failed
-from tests.telemetry.test_metrics import samples
+from tests.telemetry.scrape import samples
 
 BLOB = parse_blob_id("sha256-" + "a" * 64)
 CDN = "https://cdn.example:443"
