@@ -294,9 +294,8 @@ class WorkerPool:
                     async with trio.open_nursery() as beside:
                         beside.start_soon(_pass_on, worker)
                         await self._listen(worker)
-                        self._telemetry.worker_ended(
-                            role, worker.process.pid
-                        )  # before `kill`, which may collect its end
+                        # Before `kill`, which may collect its end.
+                        self._telemetry.worker_ended(role, worker.process.pid)
                         worker.process.kill()
                         beside.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS_MAX
                 finally:

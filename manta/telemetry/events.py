@@ -167,7 +167,7 @@ class Order:
         self._file = file
         self._priority = priority
         self._source = telemetry._source(origin)
-        self._meter = telemetry._file(blob, origin)
+        self._meter = telemetry._meter_of(blob, origin)
         self._given = telemetry._clock()
         self._came = 0
         self._hedge_in_flight = False
@@ -376,7 +376,7 @@ class Telemetry:
         self._sources.move_to_end(origin)
         return source
 
-    def _file(self, blob: BlobId, origin: str) -> Meter:
+    def _meter_of(self, blob: BlobId, origin: str) -> Meter:
         meter, _ = self._files.get(blob, (None, ""))
         self._files[blob] = meter or Meter(), origin
         self._files.move_to_end(blob)
