@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
 
-from benchmarks import chart, cold, faults, load, machine, metadata, parallel, ttfb
+from benchmarks import chart, cold, faults, load, loopback, machine, metadata, parallel, ttfb
 from benchmarks.report import Report, encode
 from benchmarks.rig import REPOSITORY
 from manta.errors import MantaError
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "load": load,
     "faults": faults,
     "metadata": metadata,
+    "loopback": loopback,
 }
 
 MISSED = 1

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.readers import usage
@@ -57,13 +58,14 @@ def load(paths: list[str]) -> dict[str, object]:
 
 
 def download(repo: str) -> dict[str, object]:
-    """Seconds of one snapshot_download with its defaults, into the cache that the environment names."""
+    """Seconds of one snapshot_download with its defaults, into the cache that the environment names, and the bytes of the largest file."""
     from huggingface_hub import snapshot_download
 
     began = time.monotonic()
     folder = snapshot_download(repo)
     ended = time.monotonic()
-    return {"began": began, "ended": ended, "folder": folder, **usage()}
+    size = max(path.stat().st_size for path in Path(folder).rglob("*"))
+    return {"began": began, "ended": ended, "bytes": size, "folder": folder, **usage()}
 
 
 def main(arguments: list[str]) -> int:

@@ -22,6 +22,7 @@ PACKAGES = {
     "fusermount3": "fuse3",
     "aria2c": "aria2",
     "rclone": "rclone",
+    "openssl": "openssl",
 }
 """The Debian package of each program that a benchmark may ask for."""
 

@@ -36,12 +36,9 @@ def file_url(endpoint: str, repo: str, path: str) -> str:
 def fetch(url: str, offset: int, length: int) -> Fetch:
     """`length` bytes from `offset` of the file at `url`. Raises Unavailable where the hub answers anything but a redirect and a 206."""
     began = time.monotonic()
-    with _answer(url, {}) as resolved:
-        location = resolved.getheader("Location")
-        if resolved.status not in {302, 307} or not location:
-            raise Unavailable(f"{url} answered {resolved.status} and no redirect")
+    signed = signed_url(url)
     located = time.monotonic()
-    with _answer(urljoin(url, location), {"Range": f"bytes={offset}-{offset + length - 1}"}) as answer:
+    with _answer(signed, {"Range": f"bytes={offset}-{offset + length - 1}"}) as answer:
         data = answer.read()
         if answer.status != 206 or len(data) != length:
             raise Unavailable(f"{url} answered {answer.status} with {len(data)} bytes where {length} were asked for")
@@ -49,10 +46,20 @@ def fetch(url: str, offset: int, length: int) -> Fetch:
     return Fetch(located - began, ended - located, hashlib.sha256(data).hexdigest())
 
 
+def signed_url(url: str) -> str:
+    """Where the bytes of the file at `url` are. Raises Unavailable where the hub answers anything but a redirect."""
+    with _answer(url, {}) as resolved:
+        location = resolved.getheader("Location")
+        if resolved.status not in {302, 307} or not location:
+            raise Unavailable(f"{url} answered {resolved.status} and no redirect")
+    return urljoin(url, location)
+
+
 @contextmanager
 def _answer(url: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", parts._replace(scheme="", netloc="").geturl(), headers=headers)
         yield connection.getresponse()

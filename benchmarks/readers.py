@@ -5,10 +5,11 @@
 with the standard library alone, so that starting is quick and nothing else is in the process. Times are taken inside, from before open()
 to the last byte, on the monotonic clock that all processes share. Each prints one JSON object; `probe` one per line of its input.
 
-    sequential PATH --block BYTES                      one read after the other on one descriptor
+    sequential PATH --block BYTES [--no-digest]        one read after the other on one descriptor
     random PATH --block BYTES --threads N --seed S     every block once in random order, N threads on one descriptor
     mapped PATH --block BYTES                          mmap, from start to end
     probe --length BYTES                               reads "OFFSET PATH" lines; opens, reads at the offset, closes
+    download PATH -- COMMAND ...                       runs a command that writes PATH, and measures that
     find PATH                                          the program find over a folder: names, kinds and sizes of all below it
     stat PATH --names FILE                             stat of each name in FILE (one a line, below PATH)
     open PATH --names FILE --times N                   open and close of each of them, N times over
@@ -38,7 +39,7 @@ def blocks_digest(blocks: Iterable[bytes | memoryview]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(block).digest() for block in blocks)).hexdigest()
 
 
-def sequential(path: str, block: int) -> dict[str, object]:
+def sequential(path: str, block: int, *, digested: bool) -> dict[str, object]:
     buffer = memoryview(bytearray(block))
     digest = hashlib.sha256()
     size, first = 0, 0.0
@@ -47,12 +48,14 @@ def sequential(path: str, block: int) -> dict[str, object]:
     try:
         while count := os.readv(fd, [buffer]):
             first = first or time.monotonic()
-            digest.update(buffer[:count])
+            if digested:
+                digest.update(buffer[:count])
             size += count
     finally:
         os.close(fd)
     ended = time.monotonic()
-    return {"began": began, "first": first, "ended": ended, "bytes": size, "digest": digest.hexdigest()}
+    told = {"digest": digest.hexdigest()} if digested else {}
+    return {"began": began, "first": first, "ended": ended, "bytes": size, **told}
 
 
 def shuffled(path: str, block: int, threads: int, seed: int) -> dict[str, object]:
@@ -131,6 +134,16 @@ def probe(line: str, length: int) -> dict[str, object]:
     return {"began": began, "opened": opened, "ended": ended, "bytes": len(data), "digest": digest}
 
 
+def download(path: str, command: list[str]) -> dict[str, object]:
+    """From before the command starts until it has ended, and its CPU seconds. Raises CalledProcessError where it fails."""
+    began = time.monotonic()
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+    ended = time.monotonic()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = {"began": began, "ended": ended, "bytes": os.stat(path).st_size}
+    return {**result, "cpu_s": used.ru_utime + used.ru_stime, "rss_peak": used.ru_maxrss * 1024}
+
+
 def find(path: str) -> dict[str, object]:
     began = time.monotonic()
     done = subprocess.run(["find", path, "-type", "f", "-printf", "%s\\n"], capture_output=True, check=True)
@@ -173,10 +186,15 @@ def main(arguments: list[str]) -> int:
         program = programs.add_parser(name)
         program.add_argument("path")
         program.add_argument("--block", type=int, required=True)
+        if name == "sequential":
+            program.add_argument("--no-digest", action="store_true")
         if name == "random":
             program.add_argument("--threads", type=int, required=True)
             program.add_argument("--seed", type=int, required=True)
     programs.add_parser("probe").add_argument("--length", type=int, required=True)
+    program = programs.add_parser("download")
+    program.add_argument("path")
+    program.add_argument("command", nargs="+")
     for name in ("find", "stat", "open"):
         program = programs.add_parser(name)
         program.add_argument("path")
@@ -189,18 +207,20 @@ def main(arguments: list[str]) -> int:
         for line in sys.stdin:
             print(json.dumps(probe(line, options.length)), flush=True)
         return 0
-    print(json.dumps({**_run(options), **usage()}))
+    print(json.dumps({**usage(), **_run(options)}))
     return 0
 
 
 def _run(options: argparse.Namespace) -> dict[str, object]:
     match options.program:
         case "sequential":
-            return sequential(options.path, options.block)
+            return sequential(options.path, options.block, digested=not options.no_digest)
         case "random":
             return shuffled(options.path, options.block, options.threads, options.seed)
         case "mapped":
             return mapped(options.path, options.block)
+        case "download":
+            return download(options.path, options.command)
         case "find":
             return find(options.path)
         case "stat":

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,14 +70,14 @@ _READER = (sys.executable, "-S", "-E", "-P", readers.__file__)
 CURL_REPORT = '{"seconds": %{time_total}, "first_byte_s": %{time_starttransfer}, "bytes": %{size_download}}'
 
 
-def rig_options(parser: argparse.ArgumentParser, *, size: str) -> None:
-    """The options of every benchmark that runs on a rig."""
+def rig_options(parser: argparse.ArgumentParser, *, size: str, rate: int = netns.GIGABIT) -> None:
+    """The options of every benchmark that runs on a rig, with its own defaults of bytes and bits per second."""
     parser.add_argument("--size", type=file_size, default=parse_size(size), help=f"of a file (default: {size})")
     parser.add_argument(
         "--rate",
         type=link_rate,
-        default=netns.GIGABIT,
-        help="bits per second of the hub's link, 0: no limit (default: 1e9)",
+        default=rate,
+        help=f"bits per second of the hub's link, 0: no limit (default: {rate:g})",
     )
     parser.add_argument(
         "--scratch",
@@ -179,14 +180,20 @@ class Rig:
 
     @classmethod
     @contextmanager
-    def set_up(cls, options: argparse.Namespace, sizes: Mapping[str, int], *, latency_s: float = 0.0) -> Iterator[Self]:
-        """A rig whose hub holds safetensors files of about `sizes` bytes (exactly that much of tensors), by name."""
+    def set_up(
+        cls, options: argparse.Namespace, sizes: Mapping[str, int], *, latency_s: float = 0.0, tls: bool = False
+    ) -> Iterator[Self]:
+        """A rig whose hub holds safetensors files of about `sizes` bytes (exactly that much of tensors), by name.
+
+        `tls`: it speaks HTTPS, and every process that is started here is told of its certificate (SSL_CERT_FILE).
+        """
         specs = {name: seeded_tensors(name, size) for name, size in sizes.items()}
         spec = HubSpec(repos=[RepoSpec(id=REPO, files=dict(specs))], settings=Settings(latency_s=latency_s))
         with (
             scratch.scratch(options.scratch) as folder,
             netns.namespace(options.rate) as link,
-            HubProcess(spec, prefix=link.command([]), host=link.address) as hub,
+            _certified(folder, link.address) if tls else contextlib.nullcontext() as certificate,
+            HubProcess(spec, prefix=link.command([]), host=link.address, tls=certificate) as hub,
         ):
             yield cls(folder, link, hub, specs)
 
@@ -201,22 +208,27 @@ class Rig:
         drop_page_cache()
         self.hub.reset(content=False)
         url = file_url(self.endpoint, REPO, name)
-        command = ["curl", "--silent", "--show-error", "--fail", "--location", "--output", "/dev/null", "--write-out"]
+        command = ["curl", "--silent", "--show-error", "--fail", "--location", "--output", "/dev/null"]
+        if authority := os.environ.get("SSL_CERT_FILE"):
+            command += ["--cacert", authority]
+        command.append("--write-out")
         size = self.facts[name].size
-        (result,), usage, others_s = self._run([[*command, CURL_REPORT, url]], None, size, os.environ)
+        (result,), usage, others_s = self._run([[*command, CURL_REPORT, url]], None, size, os.environ, {})
         if result["bytes"] != size:
             raise Corrupt(f"curl got {result['bytes']} bytes of {url}, which has {size}")
         found = Measurement(result["seconds"], result["first_byte_s"], size, [], usage, others_s)
         say(f"curl: {found.rate / MEGABYTE:.1f} MB/s")
         return found
 
-    def read(self, mount: Mount, programs: Sequence[Sequence[str]]) -> Measurement:
+    def read(
+        self, mount: Mount | None, programs: Sequence[Sequence[str]], servers: Mapping[str, int] | None = None
+    ) -> Measurement:
         """Runs programs of readers.py side by side."""
-        return self.measure([[*_READER, *program] for program in programs], mount)
+        return self.measure([[*_READER, *program] for program in programs], mount, servers=servers)
 
     def ask(self, mount: Mount | None, program: Sequence[str]) -> tuple[dict[str, Any], float]:
         """Runs one program of readers.py; what it found, and the CPU seconds of all Manta processes meanwhile."""
-        (result,), usage, _ = self._run([[*_READER, *program]], mount, 0, os.environ)
+        (result,), usage, _ = self._run([[*_READER, *program]], mount, 0, os.environ, {})
         say(f"{program[0]}: {result['ended'] - result['began']:.3f} s")
         return result, usage["manta"].cpu_s if mount is not None else 0.0
 
@@ -225,11 +237,20 @@ class Rig:
         return {str(kind): number for kind, number in self.hub.stats().kinds.items()}
 
     def measure(
-        self, commands: Sequence[Sequence[str]], mount: Mount | None, environ: Mapping[str, str] | None = None
+        self,
+        commands: Sequence[Sequence[str]],
+        mount: Mount | None = None,
+        environ: Mapping[str, str] | None = None,
+        servers: Mapping[str, int] | None = None,
     ) -> Measurement:
-        """Runs commands side by side that print what readers.py prints. With a mount, until the daemon is done with their files too."""
+        """Runs commands side by side that print what readers.py prints. With a mount, until the daemon is done with their files too.
+
+        `servers`: pids of others whose usage counts, by the name of their group.
+        """
         size = max(fact.size for fact in self.facts.values())
-        results, usage, others_s = self._run(commands, mount, size, os.environ if environ is None else environ)
+        results, usage, others_s = self._run(
+            commands, mount, size, os.environ if environ is None else environ, servers or {}
+        )
         began = min(result["began"] for result in results)
         found = Measurement(
             max(result["ended"] for result in results) - began,
@@ -298,6 +319,10 @@ class Rig:
             shutil.rmtree(used)
 
     # -- what is so ---------------------------------------------------------------------------------------------------
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self.facts[name].size
 
     def traffic(self, name: str) -> BlobTraffic:
         """What the hub has sent of a file since the mount or download began."""
@@ -376,7 +401,12 @@ class Rig:
         return "".join(tails)
 
     def _run(
-        self, commands: Sequence[Sequence[str]], mount: Mount | None, size: int, environ: Mapping[str, str]
+        self,
+        commands: Sequence[Sequence[str]],
+        mount: Mount | None,
+        size: int,
+        environ: Mapping[str, str],
+        servers: Mapping[str, int],
     ) -> tuple[list[dict[str, Any]], dict[str, GroupUsage], float]:
         """Runs commands side by side, each of which prints one JSON object; them, usage by group, the rest of the machine's CPU."""
         rate = (self.link.rate or UNLIMITED_RATE) / 8
@@ -386,9 +416,8 @@ class Rig:
             "hub": lambda: [self.hub.pid],
             "reader": lambda: [process.pid for process in processes],
         }
-        if mount is not None:
-            daemon = mount.daemon
-            groups["manta"] = lambda: [daemon]
+        for name, pid in (dict(servers) | ({"manta": mount.daemon} if mount else {})).items():
+            groups[name] = partial(list, [pid])
         try:
             with Sampler(groups, shares_of={"manta", "hub"}) as sampler:
                 processes.extend(_start(command, environ) for command in commands)
@@ -450,6 +479,34 @@ def seeded_tensors(seed: str, size: int) -> Safetensors:
         tensors.append(Tensor(f"model.layers.{len(tensors)}.weight", "F16", shape))
         elements -= rows * TENSOR_COLUMNS if rows else elements
     return Safetensors(seed, tensors)
+
+
+@contextmanager
+def _certified(folder: Path, address: str) -> Iterator[tuple[Path, Path]]:
+    """A certificate for `address` and its key; as long as this lasts, OpenSSL's and Go's programs trust it."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += [
+        "-days",
+        "2",
+        "-subj",
+        "/CN=hub",
+        "-addext",
+        f"subjectAltName=IP:{address}",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S)
+    before = os.environ.get("SSL_CERT_FILE")
+    os.environ["SSL_CERT_FILE"] = str(certificate)
+    try:
+        yield certificate, key
+    finally:
+        del os.environ["SSL_CERT_FILE"]
+        if before is not None:
+            os.environ["SSL_CERT_FILE"] = before
 
 
 def _start(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:

@@ -51,7 +51,7 @@ class HubConfig:
 @dataclass(frozen=True, slots=True)
 class FetchConfig:
     workers: int = 2
-    """Worker processes, 1 to 16. Each is one core at most; TLS takes about 2 CPU-seconds per GB."""
+    """Worker processes, 1 to 16. Each is one core at most; TLS takes about 1.3 CPU-seconds per GB."""
     connections: int = 16
     """Requests in flight to the origin, at most, 1 to 64: as many are used as pay. The Hub's own clients use 8 to 16."""
     stall_s: float = 10.0

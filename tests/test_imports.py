@@ -54,13 +54,13 @@ LAZY: dict[str, set[str]] = {
 """What may be imported besides, inside functions only."""
 
 LIBRARIES: dict[str, set[str]] = {
-    "aiohttp": {"worker", "testing"},
+    "aiohttp": {"testing"},
     "asyncio": {"worker", "testing"},
     "trio": {
         "hub", "fetch", "fs", "fuse", "operations", "control.http", "control.metrics", "control.server", "daemon", "testing.workers",
     },
     "pyfuse3": {"fuse", "cli.doctor"},  # the doctor looks whether it is there
-    "h11": {"control.http"},
+    "h11": {"control.http", "worker"},
     "prometheus_client": {"telemetry.metrics"},
     "huggingface_hub": {"hub", "testing"},
     "lz4": {"cache"},

@@ -134,7 +134,7 @@ class _Worker:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         if self._origin is not None:
-            await self._origin.close()
+            self._origin.close()
 
     def _forget(self, number: int, _task: asyncio.Task[None]) -> None:
         self._tasks.pop(number, None)
@@ -199,10 +199,7 @@ async def _in_thread(work: Callable[[_Order, int], _Answer], order: _Order, fd: 
 async def _serve(role: str, sock: socket.socket) -> None:
     origin = None
     if role == "fetch":
-        # aiohttp looks for proxies in the environment and, with them, for passwords in ~/.netrc: those would go to any host named there,
-        # and fail every request that has a token. Only an order says what is sent.
-        os.environ["NETRC"] = os.devnull
-        # aiohttp is about 30 MB of memory: the digest worker does without.
+        # The digest worker does without its libraries.
         from manta.worker.origin import OriginClient
 
         origin = OriginClient()

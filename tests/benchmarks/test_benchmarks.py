@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as main_module
-from benchmarks import load, metadata, rig, scratch
+from benchmarks import load, loopback, metadata, rig, scratch
 from manta.testing import netns
 
 OBSTACLE = netns.obstacle() or ("" if Path("/dev/fuse").exists() else "there is no /dev/fuse")
@@ -29,8 +30,9 @@ SMALL = {
     "load": ["--size", "16MiB"],
     "faults": ["--size", "16MiB", "--rounds", "1"],
     "metadata": ["--size", "1MiB", "--files", "40"],
+    "loopback": ["--size", "16MiB", "--rounds", "1"],
 }
-GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3, "faults": 1, "metadata": 9}
+GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3, "faults": 1, "metadata": 9, "loopback": 2}
 
 
 @pytest.fixture
@@ -46,8 +48,11 @@ def test_it_runs_and_cleans_up(
 ) -> None:
     if name == "load":
         pytest.importorskip("safetensors", reason="safetensors is not installed")
+    missing = [program for program in main_module.BENCHMARKS[name].PROGRAMS if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}, and a test installs nothing")
     # Everybody's page cache is not a test's to drop.
-    for module in (rig, load, metadata):
+    for module in (rig, load, metadata, loopback):
         monkeypatch.setattr(module, "drop_page_cache", lambda: None)
     namespaces = set(os.listdir("/run/netns"))
     results = tmp_path / "results.json"

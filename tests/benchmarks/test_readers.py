@@ -51,6 +51,22 @@ def test_in_order(program: str, file: Path, content: bytes) -> None:
     assert result["rss_peak"] > 1 << 20
 
 
+def test_in_order_without_a_digest(file: Path) -> None:
+    (result,) = run("sequential", str(file), "--block", str(BLOCK), "--no-digest")
+    assert result["bytes"] == SIZE
+    assert "digest" not in result
+
+
+def test_a_download_is_its_command_and_its_file(tmp_path: Path) -> None:
+    script = "import sys; open(sys.argv[1], 'wb').write(b'x' * 1000); sum(range(10**6))"
+    path = tmp_path / "loaded"
+    (result,) = run("download", str(path), "--", sys.executable, "-S", "-c", script, str(path))
+    assert result["bytes"] == 1000
+    assert 0 < result["cpu_s"] <= 2 * (result["ended"] - result["began"])
+    with pytest.raises(subprocess.CalledProcessError):
+        run("download", str(path), "--", "false")
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_at_random(threads: int, file: Path, content: bytes) -> None:
     (result,) = run("random", str(file), "--block", str(BLOCK), "--threads", str(threads), "--seed", "7")

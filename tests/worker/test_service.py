@@ -321,7 +321,7 @@ def test_an_answer_that_is_too_large_is_an_answer(start: Callable[..., Worker]) 
 def test_passwords_of_other_programs_are_not_sent(
     start: Callable[..., Worker], hub: HubProcess, cache_fd: int, tmp_path: Path
 ) -> None:
-    """aiohttp would take them from ~/.netrc, and refuse to send ours beside them."""
+    """Many a client would take them from ~/.netrc, and refuse to send ours beside them."""
     netrc = tmp_path / ".netrc"
     netrc.write_text("machine 127.0.0.1 login someone password secret\n")
     netrc.chmod(0o600)
