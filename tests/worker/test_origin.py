@@ -519,7 +519,7 @@ def test_a_body_of_no_announced_length_ends_where_it_should(cache_fd: int, data:
                         Fetch(1, url, {}, 0, 100_000, [(0, 100_000)], SIZE, 10.0), cache_fd, lambda *_: None
                     )
         finally:
-            await client.close()
+            client.close()
             server.close()
 
     asyncio.run(work())
