@@ -154,7 +154,7 @@ _LOCATION = [
     Case("another X-Linked-ETag", "location", faults.Headers(put={"X-Linked-ETag": "0" * 64}), **_at_once(_eio("another content"))),
     Case("no X-Linked-ETag", "location", faults.Headers(remove=["X-Linked-ETag", "ETag"]), FINE),
     Case("no Location", "location", faults.Headers(remove=["Location"]), _eio("redirect")),
-    Case("a Location that is no URL", "location", faults.Headers(put={"Location": "ftp://x"}), _eio("no http address")),
+    Case("a Location that is no URL", "location", faults.Headers(put={"Location": "ftp://x"}), _eio("no address of a web server")),
     Case("a redirect to another host", "location", faults.Redirect(to="other"), Outcome("EACCES", "answered 403")),
     Case("a redirect loop", "location", faults.RedirectLoop(), _eio("in a loop|in circles")),
     Case("an expired URL", "location", faults.ExpiredUrl(ago_s=60), Outcome("EACCES", "answered 403")),

@@ -207,6 +207,7 @@ def faulty_node(hub: HubProcess) -> Node:
             "MANTA_HUB_TIMEOUT_S": str(HUB_TIMEOUT_S),
             "MANTA_FETCH_CONNECTIONS": "64",
             "MANTA_FETCH_WORKERS": "1",
+            "MANTA_DAEMON_LOG_LEVEL": "debug",  # where records that repeat are not limited: here all goes wrong at once
         },
     )
 
@@ -299,7 +300,8 @@ def _run_node_case(hub: HubProcess, node: Node, directory: Path, case: NodeCase,
     seen.sentence = ear.about(f"/{case.path}")
     ours = [e for e in hub.log(after) if e.file in (case.path, *neighbours(case))]
     over = entry.started + entry.duration_s
-    results.during_pause[case] = [e for e in ours if over + 0.15 < e.started < over + case.pause_s]
+    paused = [e for e in ours if e.origin == entry.origin]  # a pause of the CDN's does not keep files from learning where they are
+    results.during_pause[case] = [e for e in paused if over + 0.15 < e.started < over + case.pause_s]
     seen.requests = sum(e.file == case.path for e in ours)
 
 
@@ -379,7 +381,7 @@ def test_faults_of_the_whole_node(results: Results, case: NodeCase) -> None:
     seen = results.nodes[case]
     assert seen.readings[0].errno == case.first.errno, seen
     assert seen.right[-1]
-    assert results.during_pause[case] == [], "the hub asked for a pause, and every file must keep to it"
+    assert results.during_pause[case] == [], "the origin asked for a pause, and every file must keep to it"
     assert seen.requests <= 20
 
 
