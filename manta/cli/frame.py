@@ -60,11 +60,12 @@ def frame(
         _Section(
             ("SOURCE", ">RATE", ">IN ALL", ">CONNECTIONS", ">FAILURES", ""), _sources(seen.sources, now), hides=(2, 4)
         ),
+        _Section(("WHAT IS WRONG NOW",), [("error", (sentence,)) for sentence in seen.problems]),
         _Section(("LATEST ERRORS",), [("error", (sentence,)) for sentence in reversed(seen.errors)]),
     ]
     room = None if height is None else height - len(lines)
     shown = _fair_shares([len(section.rows) for section in sections], room)
-    for index in (1, 0, 2, 3):  # mounts above files: what is there, then what goes on
+    for index in (1, 0, 2, 3, 4):  # mounts above files: what is there, then what goes on
         lines += _drawn(sections[index], shown[index], width)
     return [Line(cut(line.text, width), line.style) for line in lines[:height]]
 

@@ -78,8 +78,12 @@ class BlobHandle:
         return self._attached
 
     async def read(self, offset: int, size: int) -> bytes | memoryview:
-        """Raises what became of the fetch, Unavailable after the reader's deadline, CacheBroken when the cache disk fails."""
-        transfer, readahead = self.attach()
+        """Raises what became of the fetch, Unavailable after the reader's deadline, CacheBroken and NoSpace when the cache disk fails."""
+        try:
+            transfer, readahead = self.attach()
+        except MantaError as e:
+            self._telemetry.read_failed(f"inode {self._opener.inode}", e)
+            raise
         try:
             return await self._read(transfer, readahead, offset, size)
         except MantaError as e:

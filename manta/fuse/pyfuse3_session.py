@@ -147,7 +147,8 @@ class _Operations(pyfuse3.Operations):
             # pyfuse3 takes any buffer, and copies it to the kernel before it yields.
             return await self._fs.read(fh, off, size)  # type: ignore[return-value]
         except MantaError as e:
-            # The handle has told of it: in `manta status`, and in the log with the read's id.
+            # The log has it already, with the read's id.
+            self._refused(e)
             raise pyfuse3.FUSEError(errno_of(e)) from e
         except Exception as e:
             raise self._refuse(e) from e

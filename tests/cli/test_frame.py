@@ -66,6 +66,7 @@ def test_what_needs_a_look_stands_out() -> None:
         sources=[Source("http://cdn.example:80", 0, 0, 0, 1, NOW + 12)],
         quotas=[Quota("resolvers", 20, 500, 9)],
         mounts=[msgspec.structs.replace(MOUNT, stale=True)],
+        problems=["Disk full: nothing is fetched."],
     )
     styles = {
         line.text.split()[0]: line.style for line in frame(seen, now=NOW, width=120, trouble="No daemon.") if line.text
@@ -73,7 +74,7 @@ def test_what_needs_a_look_stands_out() -> None:
     assert styles["stuck"] == "warning"
     assert styles["fine"] == styles["idle"] == "plain"
     assert styles["cdn.example"] == styles["quota"] == styles["/models/org-name"] == "warning"
-    assert styles["No"] == styles["The"] == "error"
+    assert styles["No"] == styles["The"] == styles["Disk"] == "error"
     assert "asked for a pause of 12 s more" in text(seen)
 
 

@@ -18,6 +18,7 @@ import trio
 from manta.config import FetchConfig
 from manta.errors import CacheBroken, Denied, NoSpace, Unavailable
 from manta.fetch.sources import Provenance
+from manta.fetch.transfer import Transfer
 from manta.fs import handles
 from manta.fs.handles import READ_BYTES_MAX, BlobHandle, TextHandle
 from manta.model.snapshot import FileEntry
@@ -345,3 +346,22 @@ async def test_reads_are_counted_by_what_they_had_to_wait_for(
         assert numbers["manta_cache_chunk_requests_total{result=miss}"] == 3
         assert [r.levelname for r in caplog.records if r.getMessage().startswith("read failed")] == ["WARNING"] * 2
         assert reader.telemetry.waiting() == 0
+
+
+@pytest.mark.trio
+async def test_a_blob_that_its_first_read_cannot_open_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with reading(tmp_path) as reader:
+
+        def begin() -> Transfer:
+            raise CacheBroken("The cache's directory is gone. Bring it back.")
+
+        handle = BlobHandle(
+            begin, reader.blobs.close, reader.blobs.failed, reader.telemetry, Opener(inode=7), fill=False
+        )
+        with pytest.raises(CacheBroken):
+            await handle.read(0, 10)
+        handle.close()
+        assert samples(reader.telemetry.metrics)["manta_reads_total{outcome=cache_broken}"] == 1
+        assert "read failed: The cache's directory is gone." in caplog.text
