@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from manta.wire.messages import Failed
 
-ATTEMPTS_MAX = 7
+ATTEMPTS_MAX = 11
 """With the pauses below about 8 s of trying: what a restarting proxy or a load balancer needs, and less than a reader's patience."""
 
 PAUSE_SECONDS = 0.25
-PAUSE_SECONDS_MAX = 4.0
+PAUSE_SECONDS_MAX = 1.0
+"""Shorter than anybody waits for an origin that is back."""
 
 REFUSALS_MAX = 3
 """A 403 on a signed URL is not always expiry (facts: resolve again, bounded); more in a row is a real refusal. So with wrong bytes."""

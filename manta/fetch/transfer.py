@@ -31,7 +31,7 @@ worth the second request: 8 ms at 1 Gbit/s, as long as a near round trip. Measur
 0.86-0.93 of the link with whole chunks, 0.93-0.95 with parts."""
 
 
-LATE_SECONDS = 1.0
+LATE_SECONDS = 0.05
 """For so long after a reader's time was over, and unless something has come, who asks next is told the same: the kernel asks for each page
 once more by itself when its readahead has failed, and a program would wait twice as long as it was promised."""
 

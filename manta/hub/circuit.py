@@ -20,12 +20,12 @@ OPEN_AFTER_S = 2.0
 """For how long nothing may come before the origin counts as out of reach. A proxy that restarts, or a balancer that sheds a connection, is
 back within that; a connection that was not taken for that long has lost two SYNs (at 0 and 1 s)."""
 
-PROBE_S = 2.0
+PROBE_S = 1.0
 """Between two probes. Not one at a time: a probe may wait for its deadline, and must not keep the next one from finding the origin back."""
 
-PATIENCE_S = 1.5
-"""How long someone who asks while the circuit is open waits for a probe: longer than an answer takes that crosses an ocean with TLS (four
-round trips of 0.3 s)."""
+PATIENCE_S = 2.0
+"""How long someone who asks while the circuit is open waits: for the next probe, and then for an answer that may cross an ocean. So who
+asks when the origin is back is never refused for an outage that is over."""
 
 LAG_S = 1.0
 """How late an answer may be noted: of bytes that no reader waits for, workers tell twice a second."""

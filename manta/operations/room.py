@@ -35,7 +35,7 @@ system calls."""
 RETRY_SECONDS = 1.0
 """How long after an eviction that made no room the next one is tried: what is protected does not change faster than people act."""
 
-SPACE_SECONDS = 0.25
+SPACE_SECONDS = 0.02
 """How long an answer about free space is used while bytes come; what was cached since is subtracted."""
 
 

@@ -64,4 +64,4 @@ def test_what_was_cancelled_goes_on() -> None:
 
 @pytest.mark.parametrize("reason", ["absent", "denied", "unavailable", "corrupt", "no_space", "cache_broken"])
 def test_every_real_failure_ends(reason: Reason) -> None:
-    assert any(not judge(failed(reason), attempt).retry for attempt in range(1, 10))
+    assert any(not judge(failed(reason), attempt).retry for attempt in range(1, 20))

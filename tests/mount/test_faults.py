@@ -300,7 +300,9 @@ def _run_node_case(hub: HubProcess, node: Node, directory: Path, case: NodeCase,
     seen.sentence = ear.about(f"/{case.path}")
     ours = [e for e in hub.log(after) if e.file in (case.path, *neighbours(case))]
     over = entry.started + entry.duration_s
-    paused = [e for e in ours if e.origin == entry.origin]  # a pause of the CDN's does not keep files from learning where they are
+    paused = [
+        e for e in ours if e.origin == entry.origin
+    ]  # a pause of the CDN's does not keep files from learning where they are
     results.during_pause[case] = [e for e in paused if over + 0.15 < e.started < over + case.pause_s]
     seen.requests = sum(e.file == case.path for e in ours)
 

@@ -111,7 +111,7 @@ def test_an_outage_is_told_soon_and_ends_by_itself(outage: Callable[[HubSpec], A
         start = run('head -c 1000 "$1/weights.bin" | sha256sum', half)
         out.begin()
         with background("sha256sum", none / "0.bin"):
-            wait_until(lambda: any("out of reach" in sentence for sentence in node.status()["errors"]), timeout_s=40)
+            wait_until(lambda: any("out of reach" in sentence for sentence in node.status()["problems"]), timeout_s=40)
         # What is not cached fails soon, however many ask; what is cached does not.
         began = time.monotonic()
         told = run('for n in 1 2 3 4 5; do cat "$1/$n.bin" > /dev/null & done; wait', none)
@@ -130,7 +130,7 @@ def test_an_outage_is_told_soon_and_ends_by_itself(outage: Callable[[HubSpec], A
         out.end()
         expected = out.hub.files("manta/half").files["weights.bin"].sha256
         wait_until(lambda: expected in run('sha256sum "$1/weights.bin"', half, code=None), timeout_s=30)
-        wait_until(lambda: not any("out of reach" in sentence for sentence in node.status()["errors"]))
+        wait_until(lambda: not any("out of reach" in sentence for sentence in node.status()["problems"]))
         assert "No such" not in run('cat "$1"/*.bin | wc -c', none)
         assert contents(again) == contents(half)
 
@@ -142,7 +142,7 @@ def test_a_reader_from_before_a_short_outage_loses_nothing_but_time(hub: HubProc
         wait_until(lambda: node.status()["origin_bytes"] > MIB)
         hub.set_listening("hub", accept=False)
         hub.set_listening("cdn", accept=False)
-        wait_until(lambda: any("out of reach" in sentence for sentence in node.status()["errors"]))
+        wait_until(lambda: any("out of reach" in sentence for sentence in node.status()["problems"]))
         hub.set_bandwidth(None)
         hub.set_listening("hub", accept=True)
         hub.set_listening("cdn", accept=True)

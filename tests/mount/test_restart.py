@@ -18,7 +18,7 @@ from manta.model.ids import parse_blob_id
 from manta.testing.hub import Generated, HubProcess, HubSpec, RepoSpec
 from tests.mount.node import Node, background, run, wait_for_end, wait_until
 
-KILLS = int(os.environ.get("MANTA_TEST_KILLS", "8"))
+KILLS = int(os.environ.get("MANTA_TEST_KILLS", "6"))
 SEED = int(os.environ.get("MANTA_TEST_SEED", "1"))
 REPO, FILE, CONTENT = "manta/load", "weights.bin", "restart"
 MIB = 1024 * 1024
