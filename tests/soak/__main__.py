@@ -21,8 +21,9 @@ from tests.soak.watch import Watch
 from tests.soak.weather import Weather
 
 SLOTS = 3
-CACHE_SIZE = "120MB"
-"""Less than half of what the hub holds, so that what is not mounted goes."""
+CACHE_SIZE = "230MB"
+"""Little more than half of what the hub holds, so that what is not mounted goes; and room for what the three mounts show and one that is
+just ending: what is mounted is never evicted, and readers of more than fits get ENOSPC."""
 
 FINDINGS_SHOWN = 40
 

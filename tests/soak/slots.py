@@ -53,6 +53,7 @@ class Tally:
     def find(self, text: str) -> None:
         with self.lock:
             self.findings.append(text)
+            print(f"  found: {text}", flush=True)
 
 
 class Slot:
