@@ -65,8 +65,8 @@ CONFIG = "{}\n"
 BOUND_S = 2 * PATIENCE_S + 15
 """No read may take longer. The kernel asks a second time for a page that readahead did not get; the rest is for a loaded machine."""
 
-REQUESTS_MAX = 40
-"""For one reader of one file: a refusal is tried a few times with a location each, and the kernel asks for a page twice."""
+REQUESTS_MAX = 60
+"""For one reader of one file: eleven attempts, each of which may be led in circles five times before it is given up."""
 
 RECOVERY_S = 40.0
 """Within this a file is readable again, once its fault is over."""

@@ -98,7 +98,7 @@ def test_killed_workers_lose_nothing(hub: HubProcess, node: Node) -> None:
 
 
 def test_a_killed_daemon_leaves_what_it_had_for_the_next(hub: HubProcess, node: Node) -> None:
-    hub.set_bandwidth(30 * MIB)
+    hub.set_bandwidth(10 * MIB)
     directory = node.mount(BIG)
     reading = reader(directory / BIG_FILE)
     wait_until(lambda: node.status()["cache_bytes"] >= 16 * MIB)
