@@ -164,6 +164,7 @@ def _wait(made: Namespace) -> None:
     """Ends what runs in the namespace and waits for our own children among it, so that they are no zombies."""
     _end_processes(made.name)
     for process in made.started:
+        process.terminate()  # one that was just started may not have entered it yet
         process.wait(timeout=END_TIMEOUT_S)
 
 

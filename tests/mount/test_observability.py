@@ -59,7 +59,9 @@ def test_one_read_is_followed_end_to_end_and_no_secret_is_told(hub: HubProcess, 
     assert all({"time", "level", "component"} <= set(record) for record in log)
     assert followed[-1]["outcome"] == "ok"
 
-    assert metrics["manta_fetched_bytes_total origin"] == BIG_SIZE == metrics["manta_cache_bytes"]
+    assert metrics["manta_cache_bytes"] == BIG_SIZE
+    # On a loaded machine an order may be hedged, and what has come of both is counted.
+    assert BIG_SIZE <= metrics["manta_fetched_bytes_total origin"] < 1.5 * BIG_SIZE
     delivered = sum(metrics[f"manta_read_bytes_total {source}"] for source in ("page_cache", "disk", "origin"))
     assert delivered == BIG_SIZE
     assert metrics["manta_fetches_total denied"] == metrics["manta_retries_total denied"] == 1
