@@ -147,7 +147,6 @@ class Daemon:
     async def run(self, ready: _Readiness, watchdog: Watchdog) -> None:
         """Serves until stopped. Raises what keeps it from starting. `watchdog` is started when the end begins."""
         self._watchdog = watchdog
-        self._config.make_instance_dir()
         token = trio.lowlevel.current_trio_token()
 
         def told(again: bool) -> None:
@@ -367,7 +366,8 @@ class Daemon:
     async def status(self) -> Status:
         now = trio.current_time()
         pauses = self._fetcher.pauses()
-        rates = {t.blob.id: self._telemetry.file_rate(t.blob.id) for t in self._fetcher.active}
+        active = list(self._fetcher.active)
+        rates = {t.blob.id: self._telemetry.file_rate(t.blob.id) for t in active}
         return Status(
             version=__version__,
             pid=os.getpid(),
@@ -389,7 +389,7 @@ class Daemon:
                     waiting=self._telemetry.waiting(t.blob.id),
                     source=rates[t.blob.id].origin,
                 )
-                for t in self._fetcher.active
+                for t in active
             ],
             cache_bytes=self._store.cached_bytes,
             cache_limit=self._config.cache.size,

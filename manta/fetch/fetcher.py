@@ -239,24 +239,26 @@ class Fetcher:
             self._give_up(transfer, self._room.refusal, want.chunk)
             self._let_go(transfer)
         elif location is None or location.stale(time.time()):
-            self._scheduler.again(want)
-            self._scheduler.hold(want.blob, math.inf)
+            self._put_off(want, math.inf)
             if not transfer.locating:
                 transfer.locating = True
                 self._nursery.start_soon(self._locate, transfer)
         elif (until := self._throttles.until(location.origin, now)) is not None:
-            self._scheduler.again(want)
-            self._scheduler.hold(want.blob, until)
+            self._put_off(want, until)
             transfer.pause(until)
         elif not (circuit := self._circuits.of(location.origin)).admits(now):
-            self._scheduler.again(want)
-            self._scheduler.hold(want.blob, now + circuit.wait_s(now))
+            self._put_off(want, now + circuit.wait_s(now))
         else:
             came = partial(self._came, circuit)
             flight = Flight(self._workers, transfer, want, location, self._config.stall_s, came, self._telemetry)
             self._flights.add(flight)
             self._flying.set()
             self._nursery.start_soon(self._carry_out, flight)
+
+    def _put_off(self, want: Want, until: float) -> None:
+        """Nothing of its blob goes before `until`."""
+        self._scheduler.again(want)
+        self._scheduler.hold(want.blob, until)
 
     def _group(self, blob_id: object) -> Hashable:
         """Blobs of one snapshot take their turns together, so that a mount of many files has no more than one of a few."""

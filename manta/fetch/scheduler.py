@@ -429,9 +429,8 @@ class Scheduler:
         elif want.chunk in queues.resting:
             queues.rest[want.chunk] = None
         else:
-            queues.cursor = min(
-                queues.cursor, want.chunk
-            )  # the scan comes to it again, as long as the whole blob is wanted
+            # The scan comes to it again, as long as the whole blob is wanted.
+            queues.cursor = min(queues.cursor, want.chunk)
         self._settle(want)
 
     def _settle(self, want: Want) -> None:

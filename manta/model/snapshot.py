@@ -92,6 +92,10 @@ class Snapshot:
                 else:
                     folders.append(f"{folder}/{name}")
 
+    def showing(self, blob: BlobId) -> Iterator[FileEntry]:
+        """The files that have `blob`. Looks through all."""
+        return (entry for entry in self.files.values() if entry.blob == blob)
+
     def contents_of(self, subfolder: str) -> Contents:
         return self.contents if not subfolder else _sum(self.below(subfolder))
 

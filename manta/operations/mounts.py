@@ -282,9 +282,8 @@ class Mounts:
         for mounted in self._mounted.values():
             scope = mounted.scope
             for (repo, commit), snapshot in scope.held.items():
-                for entry in snapshot.files.values():
-                    if entry.blob == blob:
-                        yield Provenance(repo, commit, entry, scope.access)
+                for entry in snapshot.showing(blob):
+                    yield Provenance(repo, commit, entry, scope.access)
 
     def describe(self, mounted: Mounted, failures: Failures, rates: Mapping[BlobId, FileRate] = _NO_RATES) -> Mount:
         """What status says of it. Sizes are of the mounted folder; for the whole hub, of the repos it has opened.

@@ -187,9 +187,8 @@ class Verification:
         if not provenances:
             raise Absent("No stored commit shows this blob; a mount that shows it fetches it when it is read.")
         transfer = self._fetcher.open(provenances[0])
-        for provenance in provenances[:0:-1]:
-            transfer.sources.add(provenance)
-        transfer.sources.add(provenances[0])
+        for provenance in reversed(provenances):
+            transfer.sources.add(provenance)  # the last is tried first
         try:
             if whole:
                 await transfer.complete()
@@ -207,10 +206,9 @@ class Verification:
         for repo in self._metadata.repos():
             for commit in reversed(self._metadata.snapshots(repo)):
                 snapshot = self._metadata.snapshot(repo, commit)
-                for entry in snapshot.files.values() if snapshot is not None else ():
-                    if entry.blob == blob:
-                        found.append(Provenance(repo, commit, entry, access))
-                        break
+                entry = next(snapshot.showing(blob), None) if snapshot is not None else None
+                if entry is not None:
+                    found.append(Provenance(repo, commit, entry, access))
                 if len(found) == PROVENANCES_MAX:
                     return found
         return found

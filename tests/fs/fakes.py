@@ -231,3 +231,10 @@ class MemorySource:
 
     def frozen(self) -> Mapping[tuple[RepoId, str | None], Commit]:
         return self.frozen_commits
+
+
+def blob_of(data: bytes) -> BlobId:
+    """The blob of an LFS file with that content."""
+    blob = MemoryHub().lfs("x", data).blob
+    assert blob is not None
+    return blob

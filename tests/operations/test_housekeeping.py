@@ -14,17 +14,11 @@ from manta.fetch.scheduler import Priority
 from manta.fetch.sources import Provenance
 from manta.model.ids import BlobId
 from manta.operations.housekeeping import NAMES_MAX
-from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, content
+from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, blob_of, content
 from tests.operations.node import Node, node
 from tests.telemetry.scrape import samples
 
 A, B, C = (content(size * CHUNK, seed=size) for size in (1, 2, 3))
-
-
-def blob_of(data: bytes) -> BlobId:
-    blob = MemoryHub().lfs("x", data).blob
-    assert blob is not None
-    return blob
 
 
 A_ID, B_ID, C_ID = blob_of(A), blob_of(B), blob_of(C)

@@ -20,17 +20,11 @@ from manta.fetch.transfer import Transfer
 from manta.model.extents import Extent
 from manta.model.ids import BlobId, parse_target
 from manta.operations.room import LOOK_SECONDS, RETRY_SECONDS, Room
-from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, content
+from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, MemoryHub, blob_of, content
 from tests.operations.node import Node, node
 
 A, B, C = (content(size * CHUNK, seed=size) for size in (2, 3, 4))
 FREE = CacheConfig(free_space_floor=0)
-
-
-def blob_of(data: bytes) -> BlobId:
-    blob = MemoryHub().lfs("x", data).blob
-    assert blob is not None
-    return blob
 
 
 A_ID, B_ID, C_ID = blob_of(A), blob_of(B), blob_of(C)
