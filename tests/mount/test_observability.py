@@ -63,7 +63,8 @@ def test_one_read_is_followed_end_to_end_and_no_secret_is_told(hub: HubProcess, 
     # On a loaded machine an order may be hedged, and what has come of both is counted.
     assert BIG_SIZE <= metrics["manta_fetched_bytes_total origin"] < 1.5 * BIG_SIZE
     delivered = sum(metrics[f"manta_read_bytes_total {source}"] for source in ("page_cache", "disk", "origin"))
-    assert delivered == BIG_SIZE
+    # The kernel asks once more for pages that it took back before the reader had them, where memory is short.
+    assert BIG_SIZE <= delivered < 1.5 * BIG_SIZE
     assert metrics["manta_fetches_total denied"] == metrics["manta_retries_total denied"] == 1
     assert metrics["manta_read_wait_seconds_count ok"] == metrics["manta_reads_total waited"] > 0
     assert metrics["manta_hub_quota_remaining resolvers"] > 0, "told with the locations"
