@@ -28,6 +28,10 @@ SOCKET_PATH_MAX = 107
 """Bytes of a unix socket's path: sockaddr_un has 108 with the final NUL."""
 
 
+FUSE_FEATURES = ("passthrough", "resend", "readdirplus", "max_pages")
+"""What `fuse.without` may name."""
+
+
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     dir: Path = Path("/var/cache/manta")
@@ -65,7 +69,13 @@ class FetchConfig:
 @dataclass(frozen=True, slots=True)
 class FuseConfig:
     session: str = "auto"
-    """auto or pyfuse3."""
+    """auto, kernel or pyfuse3: auto takes the kernel session where kernel and privileges allow."""
+    without: str = ""
+    """Features of the kernel to leave unused, with commas: passthrough, resend, readdirplus, max_pages. For kernels that have trouble with
+    one, and for tests."""
+    complete_at_open: int = 64 * 1024**2
+    """Files up to this size (bytes) are fetched when they are opened, so that the kernel reads them by itself from the first read on; 0:
+    none. Only where the kernel does that (passthrough)."""
     readahead_kib: int = 4096
     """The kernel's readahead for the mount, set where permitted (root). The kernel's own default is 128."""
 
@@ -406,6 +416,18 @@ def _choice(*allowed: str) -> _Kind:
     return _Kind(f"{', '.join(allowed[:-1])} or {allowed[-1]}", read)
 
 
+def _some(*allowed: str) -> _Kind:
+    def read(value: object, _home: Path) -> str:
+        if not isinstance(value, str):
+            raise TypeError
+        named = [name.strip().lower() for name in value.split(",") if name.strip()]
+        if not set(named) <= set(allowed):
+            raise ValueError
+        return ",".join(name for name in allowed if name in named)
+
+    return _Kind(f"nothing, or some of {', '.join(allowed)}, separated by commas", read)
+
+
 _DIRECTORY = _Kind("a directory's path", _read_path)
 _BYTES = _Kind(SIZE_ALLOWED, _read_size)
 _SWITCH = _Kind("true or false", _read_switch)
@@ -422,7 +444,9 @@ _KINDS: Mapping[str, _Kind] = {
     "fetch.stall_s": _seconds(0.1, 600),
     "fetch.read_timeout_s": _seconds(0.1, 3600),
     "fetch.fill": _SWITCH,
-    "fuse.session": _choice("auto", "pyfuse3"),
+    "fuse.session": _choice("auto", "kernel", "pyfuse3"),
+    "fuse.without": _some(*FUSE_FEATURES),
+    "fuse.complete_at_open": _BYTES,
     "fuse.readahead_kib": _count(4, 1024 * 1024),
     "daemon.runtime_dir": _DIRECTORY,
     "daemon.log_level": _choice("debug", "info", "warning", "error"),
