@@ -9,10 +9,8 @@ import contextlib
 import json
 import logging
 import os
-import select
 import time
 from collections.abc import Container, Iterator
-from functools import partial
 from pathlib import Path
 
 import trio
@@ -23,7 +21,6 @@ from manta.cache.metadata import MetadataStore
 from manta.cache.pins import Pins
 from manta.cache.store import Store
 from manta.config import Config, parse_address
-from manta.control.binding import MOUNTINFO, mounted_at, mounts, unbind
 from manta.control.http import Answer
 from manta.control.metrics import MetricsServer
 from manta.control.metrics import listen as listen_for_metrics
@@ -44,17 +41,14 @@ from manta.control.protocol import (
     VerifyRequest,
 )
 from manta.control.server import ControlServer
-from manta.errors import InUse, MantaError, NotRunning, Unavailable
+from manta.errors import MantaError, NotRunning, Unavailable
 from manta.fetch.fetcher import Fetcher
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import WorkerPool
 from manta.fs.filesystem import Filesystem
-from manta.fs.inodes import inode_number
-from manta.fs.nodes import blob_key
-from manta.fuse import kernel_settings
-from manta.fuse.pyfuse3_session import Pyfuse3Session
+from manta.fuse.rootmount import RootMount, detach_stale, make
 from manta.hub.catalog import Catalog
 from manta.hub.circuit import Circuits
 from manta.hub.huggingface import HuggingFaceHub
@@ -77,18 +71,8 @@ log = logging.getLogger(__name__)
 LINGER_SECONDS = 1.0
 """An ephemeral daemon stays this long without a mount, a job or a client: a script that unmounts and mounts again finds it still there."""
 
-INIT_SECONDS_MAX = 10.0
-"""The kernel and the session shake hands in a millisecond; after this the mount is used with the kernel's own settings."""
-
-UNMOUNT_SECONDS = 5.0
-"""How long readers may go on with what they have open after the daemon was told to stop. Then the FUSE connection is aborted, and they get
-errors. The bound on the whole end is the watchdog's."""
-
 DISK_SECONDS_MAX = 2.0
 """A disk that does not say in this time how much is free is left out of the metrics: they are looked at when disks fail."""
-
-MOUNTINFO_SECONDS = 5.0
-"""mountinfo is looked at this often also when the kernel announces no change."""
 
 
 class Daemon:
@@ -102,13 +86,10 @@ class Daemon:
         self._asking_disk = trio.CapacityLimiter(1)  # one that hangs takes one thread, not one per scrape
         self._direct = os.geteuid() != 0
         self._telemetry = Telemetry()
-        self._telemetry.metrics.announce(Pyfuse3Session.name)
         self._failures = Failures()
         self._stopping = trio.Event()
         self._hurrying = trio.Event()
         self._watchdog: Watchdog
-        self._device = ""
-        """Of the FUSE filesystem, MAJOR:MINOR, while it is mounted."""
         self._stirred = trio.Event()  # something ended that may have been the last
         self._metadata = MetadataStore(store.layout.meta)
         self._pins = Pins(store.layout.pins)
@@ -138,8 +119,7 @@ class Daemon:
         self._filesystem: Filesystem
         self._housekeeping: Housekeeping
         self._control: ControlServer
-        self._session: Pyfuse3Session | None = None
-        self._session_ended = trio.Event()
+        self._root: RootMount
         self._nursery: trio.Nursery
 
     # Life ------------------------------------------------------------------------------------------------------------
@@ -169,6 +149,14 @@ class Daemon:
             )
             self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
             self._filesystem = Filesystem(self._mounts.folder, self, self._telemetry, fill=config.fetch.fill)
+            self._root = RootMount(
+                self._filesystem,
+                config.fuse,
+                f"manta:{config.instance_dir.name}",
+                config.instance_dir,
+                self._failures.add_general,
+                self._unmounted,
+            )
             verification = Verification(
                 self._store, self._metadata, self._workers, self._fetcher, self._forget_pages, self._telemetry
             )
@@ -185,10 +173,12 @@ class Daemon:
             listener = None
             try:
                 if not self._direct:
-                    await self._mount_root(config.mount_root)
+                    detach_stale(config.mount_root)
+                    await make(config.mount_root)
+                    await self._mount(config.mount_root)
                 listener = await self._control.listen()
                 nursery.start_soon(self._control.serve, listener)
-                nursery.start_soon(self._watch_mounts)
+                nursery.start_soon(self._root.watch, self._drop_unbound)
                 await self._serve_metrics()
                 ready.announce(None)
                 log.info("manta %s serves %s, pid %d", __version__, config.cache.dir, os.getpid())
@@ -196,7 +186,7 @@ class Daemon:
             finally:
                 self._watchdog.start()
                 with trio.CancelScope(shield=True):
-                    await self._end_session()
+                    await self._root.end(self._hurrying)
                     if listener is not None:
                         await listener.aclose()
                         config.socket_path.unlink(missing_ok=True)
@@ -245,81 +235,27 @@ class Daemon:
 
     # The FUSE mount --------------------------------------------------------------------------------------------------
 
-    async def _mount_root(self, root: Path) -> None:
-        _detach_stale(root)
-        await trio.to_thread.run_sync(partial(root.mkdir, mode=0o700, exist_ok=True))
-        await self._start_session(root)
+    async def _mount(self, directory: Path) -> None:
+        await self._root.mount(directory, self._nursery)
+        self._telemetry.metrics.announce(self._root.session)
 
-    async def _start_session(self, directory: Path) -> None:
-        """Raises Denied, Unavailable."""
-        source = f"manta:{self._config.instance_dir.name}"
-        session = Pyfuse3Session(self._filesystem, source, self._failures.add_general)
-        session.mount(directory)
-        self._session = session
-        self._session_ended = trio.Event()
-        self._nursery.start_soon(self._serve_session, session)
-        # The answer to the kernel's INIT, which the session's loop gives, would undo the settings: a statvfs comes after it. In a thread
-        # that may be left behind, because it is our own mount that it waits for.
-        with trio.move_on_after(INIT_SECONDS_MAX):
-            with contextlib.suppress(OSError):
-                await trio.to_thread.run_sync(os.statvfs, directory, abandon_on_cancel=True)
-        if (entry := mounted_at(str(directory))) is not None:
-            self._device = entry.device
-            kernel_settings.apply(entry.device, self._config.fuse.readahead_kib, self._config.instance_dir)
-
-    async def _serve_session(self, session: Pyfuse3Session) -> None:
-        try:
-            await session.serve()
-            if self._direct:
-                for mounted in self._mounts:
-                    self._mounts.remove(mounted.id)  # fusermount3 -u
-            elif not self._stopping.is_set():
-                log.warning("the filesystem was unmounted from outside: leaving")
-                self._stopping.set()
-        finally:
-            # In this thread on purpose: libfuse's session is not to be touched from two. Its umount2 is lazy and does not wait.
-            session.close()
-            self._filesystem.close()
-            self._session = None
-            self._device = ""
-            self._session_ended.set()
-
-    async def _end_session(self) -> None:
-        """Unmounts everything, lazily where it is busy: readers keep what they have open until the process ends."""
-        if self._session is None:
-            return
-        if self._device:
-            _unmount_all(self._device)
-        with trio.move_on_after(UNMOUNT_SECONDS):
-            await _any_of(self._session_ended, self._hurrying)
-        if not self._session_ended.is_set():
-            self.abort()
+    def _unmounted(self) -> None:
+        """The filesystem was unmounted by somebody else, or the kernel has ended the connection."""
+        if self._direct:
+            for mounted in self._mounts:
+                self._mounts.remove(mounted.id)  # fusermount3 -u
+        elif not self._stopping.is_set():
+            log.warning("the filesystem was unmounted from outside: leaving")
+            self._stopping.set()
 
     def abort(self) -> None:
-        """Takes the filesystem away whoever uses it: they get errors now. Any thread, so that the watchdog can."""
-        if device := self._device:
-            log.warning("files are still open: their readers get errors from now on")
-            _unmount_all(device)
-            kernel_settings.abort(device, self._config.instance_dir)
+        """See `RootMount.abort`. Any thread, so that the watchdog can."""
+        self._root.abort()
 
-    async def _watch_mounts(self) -> None:
-        """Ends mounts whose binding is gone. The kernel marks mountinfo readable-with-priority when a mount comes or goes."""
-        with MOUNTINFO.open() as mountinfo, contextlib.closing(select.epoll()) as poll:
-            poll.register(mountinfo.fileno(), select.EPOLLPRI | select.EPOLLERR)
-            while True:
-                with trio.move_on_after(MOUNTINFO_SECONDS):
-                    await trio.lowlevel.wait_readable(poll.fileno())
-                    poll.poll(0)
-                if not self._direct:
-                    self._mounts.drop_unbound(self._bound_roots(), trio.current_time())
-
-    def _bound_roots(self) -> set[str]:
-        """The names of mounts that are bound somewhere in this mount namespace."""
-        entries = mounts()
-        ours = mounted_at(str(self._config.mount_root), entries)
-        if ours is None:
-            return set()
-        return {e.root.strip("/").split("/")[0] for e in entries if e.device == ours.device and e.root != "/"}
+    def _drop_unbound(self) -> None:
+        """Ends mounts whose binding is gone."""
+        if not self._direct:
+            self._mounts.drop_unbound(self._root.bound(self._config.mount_root), trio.current_time())
 
     def _mount_gone(self, mounted: Mounted) -> None:
         """Nobody asked for the whole of its files any more, unless another mount shows them."""
@@ -328,8 +264,8 @@ class Daemon:
             blob = transfer.blob.id
             if blob not in shown and any(blob in snapshot.contents.blobs for snapshot in mounted.scope.held.values()):
                 self._fetcher.stop_background(str(blob))
-        if self._session is not None and not self._direct:
-            self._session.forget_name(mounted.id)
+        if not self._direct:
+            self._root.forget_name(mounted.id)
         self._stir()
 
     def _mounted_blobs(self) -> Container[BlobId]:
@@ -337,8 +273,7 @@ class Daemon:
 
     def _forget_pages(self, blob: BlobId) -> None:
         """What the kernel has cached of a blob may be wrong: it must ask again."""
-        if self._session is not None:
-            self._nursery.start_soon(self._session.forget_pages, inode_number(blob_key(blob)))
+        self._root.forget_pages(self._filesystem.numbers_of(blob))
 
     def _provenances(self, blob: BlobId) -> Iterator[Provenance]:
         return self._mounts.provenances(blob)
@@ -376,7 +311,7 @@ class Daemon:
             runtime_dir=str(self._config.instance_dir),
             endpoint=self._hub.endpoint,
             offline=self._config.hub.offline,
-            fuse=Pyfuse3Session.name,
+            fuse=self._root.session,
             ephemeral=self._ephemeral,
             mounts=[self._mounts.describe(mounted, self._failures, rates) for mounted in self._mounts],
             transfers=[
@@ -450,14 +385,14 @@ class Daemon:
         if self._direct:
             try:
                 with trio.CancelScope(shield=True):
-                    await self._start_session(Path(request.directory))
+                    await self._mount(Path(request.directory))
                 await trio.lowlevel.checkpoint()
             except MantaError:
                 self._mounts.remove(mounted.id)
                 raise
             except trio.Cancelled:  # nobody waits for it any more
                 with trio.CancelScope(shield=True):
-                    await self._end_session()
+                    await self._root.end(self._hurrying)
                 raise
             mounted.confirmed = True
         return self._mounts.describe(mounted, self._failures)
@@ -466,14 +401,14 @@ class Daemon:
         mounted = self._mounts.bound(mount_id, bound.directory)
         if not self._direct:
             # Now, so that an unmount right after this is not taken for a binding that we cannot see.
-            self._mounts.drop_unbound(self._bound_roots(), trio.current_time())
+            self._drop_unbound()
         return self._mounts.describe(mounted, self._failures)
 
     async def unmount(self, mount_id: str) -> Mount:
         mounted = self._mounts[mount_id]
         described = self._mounts.describe(mounted, self._failures)
         if self._direct:
-            await self._end_session()
+            await self._root.end(self._hurrying)
         else:
             self._mounts.remove(mount_id)
         return described
@@ -534,32 +469,6 @@ async def _any_of(*events: trio.Event) -> None:
 
         for event in events:
             waiting.start_soon(until, event)
-
-
-# Mount hygiene -----------------------------------------------------------------------------------------------------------
-
-
-def _unmount_all(device: str) -> None:
-    """Unmounts a filesystem of ours wherever it is visible, lazily: what is busy goes when it is let go."""
-    for entry in reversed(mounts()):
-        if entry.device == device:
-            try:
-                unbind(entry.directory, lazy=True)
-            except MantaError as e:
-                log.info("%s could not be unmounted: %s", entry.directory, e.message)
-
-
-def _detach_stale(root: Path) -> None:
-    """Takes away what a daemon that died left mounted: the cache's lock is ours, so nobody serves it."""
-    while (entry := mounted_at(str(root))) is not None:
-        if not entry.is_manta:
-            raise InUse(
-                f"{root} is a mountpoint of something else ({entry.fstype}); unmount it, or choose another runtime directory."
-            )
-        log.warning("detaching %s and what is bound to it, which a daemon that died left behind", root)
-        _unmount_all(entry.device)
-        if mounted_at(str(root)) == entry:
-            raise InUse(f"The dead mount on {root} cannot be detached; run `umount -l {root}`.")
 
 
 # Start -------------------------------------------------------------------------------------------------------------------

@@ -339,7 +339,38 @@ def _token(config: Config) -> Check:
     return Check(name, "ok", f"from {token.origin}, accepted{f' as {user}' if user else ''}")
 
 
-CONFIG_CHECKS: tuple[Callable[[Config], Check], ...] = (_cache_directory, _runtime_directory, _daemon, _hub, _token)
+def _native_reads(config: Config) -> Check:
+    """Tried for a moment, on a mount of its own: what the kernel says depends on itself, on privileges and on the cache's filesystem."""
+    name = "cached reads"
+    if os.geteuid() != 0 or config.fuse.session == "pyfuse3":
+        why = "fuse.session is pyfuse3" if config.fuse.session == "pyfuse3" else "only root can have the kernel session"
+        return Check(name, "ok", f"through the daemon: {why}")
+    if "passthrough" in config.fuse.without:
+        return Check(name, "ok", "through the daemon: fuse.without turns passthrough off")
+    from manta.fuse.device import try_backing
+
+    directory = config.cache.dir.absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    try:
+        refusal = try_backing(there)
+    except (MantaError, OSError) as error:
+        return Check(name, "ok", f"not tried: {error.message if isinstance(error, MantaError) else error.strerror}")
+    if refusal:
+        advice = (
+            "It works, and warm reads cost the daemon's time: use Linux 6.9 or newer, with the cache on ext4 or xfs."
+        )
+        return Check(name, "warn", f"through the daemon: {refusal}", advice)
+    return Check(name, "ok", f"by the kernel itself, at the speed of {there}'s disk (passthrough)")
+
+
+CONFIG_CHECKS: tuple[Callable[[Config], Check], ...] = (
+    _cache_directory,
+    _native_reads,
+    _runtime_directory,
+    _daemon,
+    _hub,
+    _token,
+)
 
 
 def _ask_hub(endpoint: str, token: str) -> tuple[int, bytes]:

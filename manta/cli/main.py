@@ -432,7 +432,9 @@ def _common(leaf: Parser, *, hub: bool = False) -> None:
 
 
 def _fuse_option(leaf: Parser) -> None:
-    leaf.add_argument("--fuse", metavar="SESSION", help="how to talk to the kernel: auto, kernel or pyfuse3 (fuse.session)")
+    leaf.add_argument(
+        "--fuse", metavar="SESSION", help="how to talk to the kernel: auto, kernel or pyfuse3 (fuse.session)"
+    )
 
 
 def _output_options(leaf: Parser, *, verbose: str = "say more; twice: show tracebacks") -> None:

@@ -60,6 +60,24 @@ class Attributes:
     valid_s: float
     name_valid_s: float
 
+    @property
+    def number(self) -> int:
+        return self.inode
+
+
+class NativeFile:
+    def __init__(self, transfer):
+        self.transfer = transfer
+
+    def descriptor(self):
+        return self.transfer.blob.descriptor()
+
+
+@dataclass
+class OpenedFolder:
+    handle: int
+    cacheable: bool
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -77,6 +95,7 @@ class OpenedFile:
 
     handle: int
     keep_cache: bool
+    native: NativeFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +136,10 @@ class Filesystem:
     def forget(self, inode: int, lookups: int) -> None:
         self._inodes.forget(inode, lookups)
 
-    def attributes(self, inode: int) -> Attributes:
+    async def attributes(self, inode: int) -> Attributes:
         return self._attributes(inode, self._node(inode), FOREVER_SECONDS)
 
-    def read_link(self, inode: int) -> bytes:
+    async def read_link(self, inode: int) -> bytes:
         node = self._node(inode)
         if not isinstance(node, LinkNode):
             raise Invalid("This is not a symbolic link.")
@@ -133,9 +152,9 @@ class Filesystem:
         folder = self._folder(inode)
         number = next(self._numbers)
         self._folders[number] = folder, await folder.children()
-        return number
+        return OpenedFolder(number, folder.lifetime_s == FOREVER_SECONDS)
 
-    def list_folder(self, handle: int, start: int) -> Iterator[Listed]:
+    async def list_folder(self, handle: int, inode: int, start: int) -> Iterator[Listed]:
         """The entries from position `start` on, each made when it is asked for; `told` is due for each that the kernel takes."""
         return self._listed(*self._listing(handle), start)
 
@@ -154,7 +173,7 @@ class Filesystem:
 
     # Files -----------------------------------------------------------------------------------------------------------
 
-    def open_file(self, inode: int, pid: int = 0) -> OpenedFile:
+    async def open_file(self, inode: int, pid: int = 0) -> OpenedFile:
         """`pid`: which process opens it, 0 where it is not known. Asks the hub nothing.
 
         Raises Denied for what the hub hides from us, NoSpace and CacheBroken when the cache disk fails.
@@ -179,9 +198,23 @@ class Filesystem:
                 raise Invalid("This is not a file.")
         number = next(self._numbers)
         self._files[number] = handle
-        return OpenedFile(number, keep_cache)
+        native = None
+        if self.native and isinstance(handle, BlobHandle) and handle._attached and handle._attached[0].blob.sealed:
+            native = NativeFile(handle._attached[0])
+        return OpenedFile(number, keep_cache, native)
 
-    async def read(self, handle: int, offset: int, size: int) -> bytes | memoryview:
+    native = False
+
+    def opened(self, handle, *, native, backing):
+        pass
+
+    def numbers_of(self, blob):
+        from manta.fs.inodes import inode_number
+        from manta.fs.nodes import blob_key
+
+        return [inode_number(blob_key(blob))]
+
+    async def read(self, handle: int, offset: int, size: int, inode: int = 0) -> bytes | memoryview:
         """See `Handle.read`."""
         opened = self._files.get(handle)
         if opened is None:
@@ -204,7 +237,7 @@ class Filesystem:
     def totals(self) -> Totals:
         return Totals(*self._blobs.totals())
 
-    def extended_attributes(self, inode: int) -> dict[str, str]:
+    async def extended_attributes(self, inode: int) -> dict[str, str]:
         """All of them, by full name."""
         match node := self._node(inode):
             case Folder():

@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import struct
+import tempfile
 from pathlib import Path
 from typing import Self
 
@@ -144,6 +145,38 @@ class Device:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+_BACKING_REFUSALS = {
+    errno.ELOOP: "the cache is on a stacked filesystem, such as overlayfs",
+    errno.EPERM: "it needs CAP_SYS_ADMIN in the initial user namespace",
+    errno.EOPNOTSUPP: "the cache's filesystem does not support it",
+}
+
+
+def backing_refusal(error: OSError) -> str:
+    """Why a file was not taken as a backing file, as a clause."""
+    return _BACKING_REFUSALS.get(error.errno or 0, error.strerror or type(error).__name__)
+
+
+def try_backing(directory: Path, without: protocol.Init = protocol.NOTHING) -> str:
+    """Why the kernel would not read files below `directory` by itself, as a clause; empty where it would.
+
+    Mounts for a moment, in a temporary folder, what nobody looks into. Raises Denied, Unavailable where nothing can be mounted.
+    """
+    with tempfile.TemporaryDirectory(prefix="manta-try-") as folder, tempfile.TemporaryFile(dir=directory) as file:
+        device = Device.mount(Path(folder), "manta:try")
+        try:
+            if not device.shake_hands(without, 16).has(protocol.Init.PASSTHROUGH):
+                return "this kernel does not offer it (Linux 6.9 does)"
+            try:
+                device.close_backing(device.open_backing(file.fileno()))
+            except OSError as e:
+                return backing_refusal(e)
+            return ""
+        finally:
+            detach(Path(folder))
+            device.close()
 
 
 def detach(directory: Path) -> None:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyfuse3
@@ -101,25 +101,25 @@ class _Operations(pyfuse3.Operations):
 
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         try:
-            return self._entry(self._fs.attributes(inode))
+            return self._entry(await self._fs.attributes(inode))
         except Exception as e:
             raise self._refuse(e) from e
 
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
         try:
-            return pyfuse3.FileNameT(self._fs.read_link(inode))
+            return pyfuse3.FileNameT(await self._fs.read_link(inode))
         except Exception as e:
             raise self._refuse(e) from e
 
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         try:
-            return pyfuse3.FileHandleT(await self._fs.open_folder(inode))
+            return pyfuse3.FileHandleT((await self._fs.open_folder(inode)).handle)
         except Exception as e:
             raise self._refuse(e) from e
 
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         try:
-            for listed in itertools.islice(self._fs.list_folder(fh, start_id), LISTED_MAX):
+            for listed in itertools.islice(await self._fs.list_folder(fh, 0, start_id), LISTED_MAX):
                 if not pyfuse3.readdir_reply(
                     token, pyfuse3.FileNameT(listed.name), self._entry(listed.attributes), listed.following
                 ):
@@ -135,7 +135,7 @@ class _Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
         try:
-            opened = self._fs.open_file(inode, ctx.pid)
+            opened = await self._fs.open_file(inode, ctx.pid)
         except Exception as e:
             raise self._refuse(e) from e
         return pyfuse3.FileInfo(
@@ -169,7 +169,7 @@ class _Operations(pyfuse3.Operations):
 
     async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         try:
-            found = self._fs.extended_attributes(inode).get(os.fsdecode(name))
+            found = (await self._fs.extended_attributes(inode)).get(os.fsdecode(name))
         except Exception as e:
             raise self._refuse(e) from e
         if found is None:
@@ -178,7 +178,7 @@ class _Operations(pyfuse3.Operations):
 
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         try:
-            return [os.fsencode(name) for name in self._fs.extended_attributes(inode)]
+            return [os.fsencode(name) for name in await self._fs.extended_attributes(inode)]
         except Exception as e:
             raise self._refuse(e) from e
 
@@ -190,17 +190,20 @@ class Pyfuse3Session:
     """One mount. `mount`, then `serve` until the filesystem is unmounted, then `close`. `refused` hears why a request got an error."""
 
     name = "pyfuse3"
+    native = False
+    resends = False
+    native_refusal = ""
 
-    def __init__(self, filesystem: Filesystem, source: str, refused: Callable[[MantaError], None]) -> None:
+    def __init__(self, filesystem: Filesystem, refused: Callable[[MantaError], None]) -> None:
         self._operations = _Operations(filesystem, refused)
-        self._source = source
+        self._nursery: trio.Nursery | None = None
 
-    def mount(self, directory: Path) -> None:
-        """Mounts on `directory`. Raises Unavailable or Denied with what to do.
+    def mount(self, directory: Path, source: str) -> None:
+        """Mounts on `directory`, called `source` in mountinfo. Raises Unavailable or Denied with what to do.
 
         libfuse prints its own reason to stderr, which is the daemon's log.
         """
-        options = {f"fsname={self._source}", "subtype=manta", "ro", "default_permissions"}
+        options = {f"fsname={source}", "subtype=manta", "ro", "default_permissions"}
         if os.getuid() == 0:
             options.add("allow_other")
         if not os.path.exists("/dev/fuse"):
@@ -218,9 +221,15 @@ class Pyfuse3Session:
                 " privileges; as root in a container, CAP_SYS_ADMIN is needed."
             ) from e
 
-    async def serve(self) -> None:
-        """Answers the kernel until the filesystem is unmounted or this is cancelled."""
-        await pyfuse3.main(min_tasks=4, max_tasks=REQUESTS_MAX)
+    async def serve(self, *, resend: bool = False) -> None:
+        """Answers the kernel until the filesystem is unmounted or this is cancelled. `resend` is for sessions that can be taken over."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await pyfuse3.main(min_tasks=4, max_tasks=REQUESTS_MAX)
+            finally:
+                self._nursery = None
+            nursery.cancel_scope.cancel()
 
     @staticmethod
     def forget_name(name: str) -> None:
@@ -228,12 +237,18 @@ class Pyfuse3Session:
         # Not as one that was deleted: where readers are still in it (umount --lazy) the kernel would refuse, and the log would cry wolf.
         pyfuse3.invalidate_entry_async(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(os.fsencode(name)), ignore_enoent=True)
 
+    def forget_pages(self, nodeids: Iterable[int]) -> None:
+        """Has the kernel drop what it cached of these files. Returns at once."""
+        for nodeid in nodeids:
+            if self._nursery is not None:
+                self._nursery.start_soon(self._forget, nodeid)
+
     @staticmethod
-    async def forget_pages(inode: int) -> None:
-        """Has the kernel drop what it cached of a file. In a thread: it may wait for a page under read, which this thread serves."""
+    async def _forget(nodeid: int) -> None:
+        """In a thread: it may wait for a page under read, which this thread serves."""
         with contextlib.suppress(OSError):  # ENOENT: the kernel does not know the inode
             await trio.to_thread.run_sync(
-                pyfuse3.invalidate_inode, pyfuse3.InodeT(inode), False, abandon_on_cancel=True
+                pyfuse3.invalidate_inode, pyfuse3.InodeT(nodeid), False, abandon_on_cancel=True
             )
 
     def close(self) -> None:
