@@ -19,7 +19,7 @@ from manta import __version__
 from manta.cache import descriptors
 from manta.cache.metadata import MetadataStore
 from manta.cache.pins import Pins
-from manta.cache.store import Store
+from manta.cache.store import Blob, Store
 from manta.config import Config, parse_address
 from manta.control.http import Answer
 from manta.control.metrics import MetricsServer
@@ -41,7 +41,7 @@ from manta.control.protocol import (
     VerifyRequest,
 )
 from manta.control.server import ControlServer
-from manta.errors import MantaError, NotRunning, Unavailable
+from manta.errors import Absent, MantaError, NotRunning, Unavailable
 from manta.fetch.fetcher import Fetcher
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
@@ -148,7 +148,13 @@ class Daemon:
                 circuit=self._circuits.of(origin_of(self._hub.endpoint)),
             )
             self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
-            self._filesystem = Filesystem(self._mounts.folder, self, self._telemetry, fill=config.fetch.fill)
+            self._filesystem = Filesystem(
+                self._mounts.folder,
+                self,
+                self._telemetry,
+                fill=config.fetch.fill,
+                complete_bytes_max=config.fuse.complete_at_open,
+            )
             self._root = RootMount(
                 self._filesystem,
                 config.fuse,
@@ -292,6 +298,14 @@ class Daemon:
     def cached_bytes(self, provenance: Provenance) -> tuple[int, bool]:
         info = self._store.find(provenance.entry.blob) if provenance.entry.blob is not None else None
         return (info.cached, info.sealed) if info is not None else (0, False)
+
+    def cached(self) -> Iterator[BlobId]:
+        return (info.id for info in self._store.listing())
+
+    def hold(self, blob: BlobId) -> Blob:
+        if (info := self._store.find(blob)) is None:
+            raise Absent(f"{blob} is not in the cache.")
+        return self._store.open_blob(blob, info.size)
 
     def totals(self) -> tuple[int, int]:
         return self._mounts.totals()

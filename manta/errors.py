@@ -80,6 +80,13 @@ class InUse(MantaError):
     code = "in_use"
 
 
+class Superseded(MantaError):
+    """The kernel should look the name up again: what it called the file by is not what it should open now. Readers never see it, since
+    the kernel does so by itself; where it has no name to look up (/proc/PID/fd), it is not said twice."""
+
+    code = "superseded"
+
+
 class NotRunning(MantaError):
     """No daemon answers for this cache directory."""
 
@@ -98,6 +105,7 @@ BY_CODE: dict[str, type[MantaError]] = {
         NoSpace,
         CacheBroken,
         InUse,
+        Superseded,
         NotRunning,
     )
 }

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     # The data path, each on the one before. Of the hub it knows the values; who asks the hub is the daemon.
     "fetch": {"errors", "model", "config", "cache", "wire", "hub.circuit", "hub.origin", "hub.quota", "telemetry"},
     "fs": {"errors", "model", "fetch", "hub.origin", "telemetry"},
-    "fuse": {"errors", "fs"},
+    "fuse": {"errors", "config", "fs", "control.binding"},
     # The worker process: the wire, the digests that it computes where it writes, and how to read a hub's request to wait.
     "worker": {"errors", "model", "wire", "cache.digests", "hub.quota"},
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
@@ -48,8 +48,9 @@ ALLOWED: dict[str, set[str]] = {
 """What each part of manta may import, besides itself and the version in `manta` itself."""
 
 LAZY: dict[str, set[str]] = {
-    # `manta daemon` and `manta hub serve` become those; every other command is rid of what they load.
-    "cli": {"daemon", "testing"},
+    # `manta daemon` and `manta hub serve` become those, `manta doctor` tries what the kernel takes; every other command is rid of what they
+    # load.
+    "cli": {"daemon", "testing", "fuse.device"},
 }
 """What may be imported besides, inside functions only."""
 

@@ -132,7 +132,8 @@ class Device:
     def open_backing(self, fd: int) -> int:
         """The id by which answers to OPEN name the file `fd`. Raises OSError where the kernel or the file's filesystem refuses."""
         request = bytearray(_BACKING_MAP.pack(fd, 0, 0))
-        return fcntl.ioctl(self.fd, _BACKING_OPEN, request, True)
+        backing: int = fcntl.ioctl(self.fd, _BACKING_OPEN, request, True)
+        return backing
 
     def close_backing(self, backing: int) -> None:
         """Files that were opened with it keep it."""

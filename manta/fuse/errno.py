@@ -13,6 +13,7 @@ from manta.errors import (
     Invalid,
     MantaError,
     NoSpace,
+    Superseded,
     Unavailable,
 )
 
@@ -22,6 +23,8 @@ _ERRNO: dict[type[MantaError], int] = {
     Invalid: errno.EINVAL,
     NoSpace: errno.ENOSPC,
     InUse: errno.EBUSY,
+    # The kernel then looks the name up anew (LOOKUP_REVAL) and opens what that gives.
+    Superseded: errno.ESTALE,
     # The reader cannot act on the difference, and programs know EIO; the sentence is in `manta status` and the log.
     Unavailable: errno.EIO,
     Corrupt: errno.EIO,

@@ -13,7 +13,6 @@ import logging
 import os
 import stat
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -65,14 +64,6 @@ class _Refusal(Exception):
         self.number = number
 
 
-@dataclass(slots=True)
-class _Backing:
-    """A cache file that the kernel reads by itself. All files open on one nodeid share one."""
-
-    id: int
-    handles: set[int] = field(default_factory=set)
-
-
 class KernelSession:
     """One connection: `mount` a new one or `adopt` one that is there, then `serve` until it is unmounted, then `close`.
 
@@ -90,7 +81,6 @@ class KernelSession:
         self._device: Device
         self._directory: Path
         self._agreed: protocol.Negotiated
-        self._backing: dict[int, _Backing] = {}
         self._interruptible: dict[int, trio.CancelScope] = {}
         self._notifiers = trio.CapacityLimiter(NOTIFIERS_MAX)
         self._nursery: trio.Nursery | None = None
@@ -129,11 +119,10 @@ class KernelSession:
             self.close()
             raise
 
-    def adopt(self, directory: Path, fd: int, state: bytes, native: Iterable[tuple[int, int, int]]) -> None:
-        """Takes over the connection `fd`, mounted on `directory`, from a daemon that is gone.
+    def adopt(self, directory: Path, fd: int, state: bytes) -> None:
+        """Takes over the connection `fd`, mounted on `directory`, from a daemon that is gone. `state` is what it had for `state`.
 
-        `state` is what it had for `state`; `native` the handle, nodeid and backing id of each file that the kernel reads by itself.
-        Raises Corrupt where `state` is of another kind of session.
+        Raises Corrupt where that is of another kind of session; then `fd` is still the caller's.
         """
         try:
             self._agreed = msgspec.json.decode(state, type=protocol.Negotiated)
@@ -141,8 +130,6 @@ class KernelSession:
             raise Corrupt(f"What the daemon before agreed on with the kernel cannot be read: {e}.") from e
         self._directory = directory
         self._device = Device(fd)
-        for handle, nodeid, backing in native:
-            self._backing.setdefault(nodeid, _Backing(backing)).handles.add(handle)
 
     @property
     def state(self) -> bytes:
@@ -364,32 +351,27 @@ class KernelSession:
     async def _open(self, request: Request) -> bytes:
         if protocol.parse_open(request.body) & os.O_ACCMODE != os.O_RDONLY:
             raise _Refusal(errno.EROFS)
-        opened = await self._fs.open_file(request.nodeid, request.pid)
-        backing = 0
-        if opened.native is not None:
-            backing = self._back(request.nodeid, opened.handle, opened.native)
-        try:
-            self._fs.opened(opened.handle, native=backing > 0, backing=backing)
-        except MantaError:
-            self._fs.close_file(opened.handle)
-            raise
-        if backing:
-            return protocol.open_out(opened.handle, Open.PASSTHROUGH, backing)
-        return protocol.open_out(opened.handle, Open.KEEP_CACHE if opened.keep_cache else Open.DIRECT_IO)
+        opened = await self._fs.open_file(request.nodeid, request.pid, request.unique & ~protocol.RESENT)
+        if opened.native is None:
+            return protocol.open_out(opened.handle, Open.KEEP_CACHE if opened.keep_cache else Open.DIRECT_IO)
+        backing = self._back(opened.native)
+        self._fs.opened(opened.handle, backing > 0, backing)
+        if not backing:
+            return protocol.open_out(opened.handle, Open.KEEP_CACHE)
+        return protocol.open_out(opened.handle, Open.PASSTHROUGH, backing)
 
-    def _back(self, nodeid: int, handle: int, native: NativeFile) -> int:
-        """The id of the file's backing file; 0 where the kernel does not take it."""
-        backing = self._backing.get(nodeid)
-        if backing is None:
-            try:
-                with native.descriptor() as fd:
-                    backing = _Backing(self._device.open_backing(fd))
-            except OSError as e:
-                self._note_refusal(e)
-                return 0
-            self._backing[nodeid] = backing
-        backing.handles.add(handle)
-        return backing.id
+    def _back(self, native: NativeFile) -> int:
+        """The id of the file's backing file, which all files open on one nodeid share; 0 where the kernel does not take it."""
+        if native.backing is not None:
+            return native.backing
+        try:
+            with native.descriptor() as fd:
+                return self._device.open_backing(fd)
+        except OSError as e:
+            self._note_refusal(e)
+        except MantaError as e:
+            log.info("a file is read through the daemon: %s", e.message)
+        return 0
 
     def _note_refusal(self, e: OSError) -> None:
         if not self.native_refusal:
@@ -400,20 +382,15 @@ class KernelSession:
             )
 
     async def _release(self, request: Request) -> bytes:
-        handle = protocol.parse_handle(request.body)
-        backing = self._backing.get(request.nodeid)
-        if backing is not None and handle in backing.handles:
-            backing.handles.discard(handle)
-            if not backing.handles:
-                # Here, so that the file's space is free when the blob is evicted.
-                del self._backing[request.nodeid]
-                self._device.close_backing(backing.id)
-        self._fs.close_file(handle)
+        unused = self._fs.close_file(protocol.parse_handle(request.body))
+        if unused is not None:
+            # Here, so that the file's space is free when the blob is evicted.
+            self._device.close_backing(unused)
         return b""
 
     async def _read(self, request: Request) -> None:
         asked = protocol.parse_read(request.body)
-        data = await self._fs.read(asked.handle, asked.offset, asked.size, request.nodeid)
+        data = await self._fs.read(asked.handle, asked.offset, asked.size)
         self._write(protocol.header(request.unique, len(data)), data)
 
 

@@ -28,6 +28,10 @@ _WRITE_BYTES = PAGE_BYTES
 """The least the protocol allows; nothing is ever written."""
 
 
+RESENT = 1 << 63
+"""In the number of a request that was sent before, to a daemon that is gone. Part of the number in the answer."""
+
+
 class Malformed(Exception):
     """This is no request of the protocol. There is nobody to tell, since it names none to answer."""
 

@@ -119,7 +119,9 @@ class _Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         try:
-            for listed in itertools.islice(await self._fs.list_folder(fh, 0, start_id), LISTED_MAX):
+            # libfuse does not say which folder it is; its handles are all of this daemon.
+            listing = await self._fs.list_folder(fh, 0, start_id)
+            for listed in itertools.islice(listing, LISTED_MAX):
                 if not pyfuse3.readdir_reply(
                     token, pyfuse3.FileNameT(listed.name), self._entry(listed.attributes), listed.following
                 ):

@@ -1,4 +1,4 @@
-"""The daemon's one FUSE mount: which session serves it, how it begins, is taken over, is left to the next daemon, and ends. Here and only here.
+"""The daemon's one FUSE mount: which session serves it, how it begins, is taken over, is left, and ends. Here and only here.
 
 Runs in the daemon's trio thread, but for `abort`.
 """
@@ -154,21 +154,20 @@ class RootMount:
         session = self._mounted_session(directory)
         await self._begin(session, directory, nursery, resend=False)
 
-    async def take_over(
-        self, directory: Path, nursery: trio.Nursery, fd: int, state: bytes, native: Iterable[tuple[int, int, int]]
-    ) -> None:
+    async def take_over(self, directory: Path, nursery: trio.Nursery, fd: int, state: bytes) -> None:
         """As `mount`, with the connection of a daemon that is gone: see `KernelSession.adopt`. Raises Corrupt, Unavailable."""
         entry = mounted_at(str(directory))
         if entry is None or not entry.is_manta:
             raise Unavailable(f"{directory} is not mounted any more.")
         session = KernelSession(self._filesystem, self._refused, without=self._without)
-        session.adopt(directory, fd, state, native)
+        session.adopt(directory, fd, state)
         self.why = "taken over from the daemon before"
         await self._begin(session, directory, nursery, resend=True)
 
     async def _begin(self, session: Session, directory: Path, nursery: trio.Nursery, *, resend: bool) -> None:
         self._session = session
         self._filesystem.native = session.native
+        self._filesystem.drop_pages = lambda nodeid: self.forget_pages([nodeid])
         self._ended = trio.Event()
         self._serving = trio.CancelScope()
         nursery.start_soon(self._serve, session, resend)

@@ -76,6 +76,7 @@ def test_every_check_has_a_name_and_says_what_to_do(machine: Machine, config: Co
         "open files",
         "mounts",
         "cache directory",
+        "cached reads",
         "runtime directory",
         "daemon",
         "hub",

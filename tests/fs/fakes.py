@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from manta.cache.store import Store
+from manta.cache.store import Blob, Store
 from manta.config import FetchConfig
 from manta.errors import Absent, Denied, MantaError
 from manta.fetch.fetcher import Fetcher
@@ -173,6 +173,14 @@ class Blobs:
     def cached_bytes(self, provenance: Provenance) -> tuple[int, bool]:
         info = self.store.find(provenance.entry.blob) if provenance.entry.blob is not None else None
         return (info.cached, info.sealed) if info is not None else (0, False)
+
+    def cached(self) -> Iterable[BlobId]:
+        return [info.id for info in self.store.listing()]
+
+    def hold(self, blob: BlobId) -> Blob:
+        info = self.store.find(blob)
+        assert info is not None
+        return self.store.open_blob(blob, info.size)
 
     def totals(self) -> tuple[int, int]:
         return self.shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -63,10 +63,10 @@ async def bench(directory: Path, config: FetchConfig | None = None, *, seal: boo
 
 async def listed(fs: Filesystem, inode: int, page: int = 7) -> dict[str, Attributes]:
     """A listing as the kernel asks for it: in pages, each entry told of where there is room."""
-    handle = await fs.open_folder(inode)
+    handle = (await fs.open_folder(inode)).handle
     shown: dict[str, Attributes] = {}
     start = 0
-    while entries := list(itertools.islice(fs.list_folder(handle, start), page + 1)):
+    while entries := list(itertools.islice(await fs.list_folder(handle, inode, start), page + 1)):
         for entry in entries[:page]:  # for one more there was no room: it comes again
             fs.told(entry)
             shown[os.fsdecode(entry.name)] = entry.attributes
@@ -83,13 +83,13 @@ async def test_names_lead_to_attributes(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         fs = b.show([plain("config.json", CONFIG), plain("onnx/model.onnx", WEIGHTS)])
         config = await fs.look_up(ROOT, b"config.json")
-        assert config == Attributes(config.inode, "file", len(CONFIG), FOREVER_SECONDS, FOREVER_SECONDS)
+        assert config == Attributes(config.inode, config.inode, "file", len(CONFIG), FOREVER_SECONDS, FOREVER_SECONDS)
         onnx = await fs.look_up(ROOT, b"onnx")
         assert (onnx.kind, onnx.size) == ("folder", 0)
         model = await fs.look_up(onnx.inode, b"model.onnx")
         assert (model.kind, model.size) == ("file", len(WEIGHTS))
-        assert fs.attributes(model.inode) == model
-        assert fs.attributes(ROOT).kind == "folder"
+        assert await fs.attributes(model.inode) == model
+        assert (await fs.attributes(ROOT)).kind == "folder"
         assert len({ROOT, config.inode, onnx.inode, model.inode}) == 4
 
 
@@ -125,7 +125,7 @@ async def test_names_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
         for part in name.split("/"):
             assert list(await listed(fs, inode)) == [part]
             inode = (await fs.look_up(inode, part.encode())).inode
-        assert fs.attributes(inode).size == 7
+        assert (await fs.attributes(inode)).size == 7
 
 
 @pytest.mark.trio
@@ -149,14 +149,14 @@ async def test_lookups_are_counted_and_forgotten(tmp_path: Path) -> None:
         await listed(fs, ROOT)
         assert fs.known_inodes == 3
         fs.forget(a, 2)
-        assert fs.attributes(a).size == 1
+        assert (await fs.attributes(a)).size == 1
         fs.forget(a, 1)
         with pytest.raises(Absent):
-            fs.attributes(a)
+            await fs.attributes(a)
         assert fs.known_inodes == 2
         fs.forget(a, 5)
         fs.forget(ROOT, 5)
-        assert fs.attributes(ROOT).kind == "folder"
+        assert (await fs.attributes(ROOT)).kind == "folder"
 
 
 @pytest.mark.trio
@@ -191,19 +191,24 @@ async def test_what_is_no_folder_has_no_names_and_what_is_no_link_no_target(tmp_
         with pytest.raises(Invalid, match="not a directory"):
             await fs.open_folder(a)
         with pytest.raises(Invalid, match="not a symbolic link"):
-            fs.read_link(a)
+            await fs.read_link(a)
         with pytest.raises(Invalid, match="not a file"):
-            fs.open_file(ROOT)
+            await fs.open_file(ROOT)
 
 
 @pytest.mark.trio
 async def test_inodes_that_nobody_gave_are_absent(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         fs = b.show([])
-        uses: list[Callable[[int], object]] = [fs.attributes, fs.open_file, fs.read_link, fs.extended_attributes]
+        uses: list[Callable[[int], Awaitable[object]]] = [
+            fs.attributes,
+            fs.open_file,
+            fs.read_link,
+            fs.extended_attributes,
+        ]
         for use in uses:
             with pytest.raises(Absent, match="424242"):
-                use(424242)
+                await use(424242)
         with pytest.raises(Absent, match="424242"):
             await fs.open_folder(424242)
 
@@ -245,12 +250,12 @@ async def test_twelve_thousand_entries_are_listed_in_pages(tmp_path: Path) -> No
 async def test_an_entry_counts_once_the_kernel_was_told(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         fs = b.show([plain("a", b"a")])
-        handle = await fs.open_folder(ROOT)
-        [entry] = fs.list_folder(handle, 0)
+        handle = (await fs.open_folder(ROOT)).handle
+        [entry] = await fs.list_folder(handle, ROOT, 0)
         assert fs.known_inodes == 1
         fs.told(entry)
         assert fs.known_inodes == 2
-        assert fs.attributes(entry.attributes.inode) == entry.attributes
+        assert await fs.attributes(entry.attributes.inode) == entry.attributes
         fs.forget(entry.attributes.inode, 1)
         assert fs.known_inodes == 1
 
@@ -271,15 +276,15 @@ async def test_a_listing_begins_anywhere_and_stays_what_it_was(tmp_path: Path) -
         folder = Growing()
         folder.names = ["a", "b", "c"]
         fs = b.over(folder)
-        handle = await fs.open_folder(ROOT)
+        handle = (await fs.open_folder(ROOT)).handle
         folder.names = ["z"]
-        assert [entry.name for entry in fs.list_folder(handle, 1)] == [b"b", b"c"]
-        assert list(fs.list_folder(handle, 3)) == []
-        assert list(fs.list_folder(handle, 1000)) == []
+        assert [entry.name for entry in await fs.list_folder(handle, ROOT, 1)] == [b"b", b"c"]
+        assert list(await fs.list_folder(handle, ROOT, 3)) == []
+        assert list(await fs.list_folder(handle, ROOT, 1000)) == []
         fs.close_folder(handle)
         fs.close_folder(handle)
         with pytest.raises(Invalid, match="not open"):
-            fs.list_folder(handle, 0)
+            await fs.list_folder(handle, ROOT, 0)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -289,7 +294,7 @@ async def test_a_listing_begins_anywhere_and_stays_what_it_was(tmp_path: Path) -
 async def test_a_file_is_opened_read_and_closed(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         fs = b.show([b.hub.lfs("weights", WEIGHTS)])
-        opened = fs.open_file((await fs.look_up(ROOT, b"weights")).inode)
+        opened = await fs.open_file((await fs.look_up(ROOT, b"weights")).inode)
         assert opened.keep_cache
         assert bytes(await fs.read(opened.handle, 5, 100)) == WEIGHTS[5:105]
         assert b.telemetry.tally.bytes == 100
@@ -308,11 +313,11 @@ async def test_opening_leaves_a_trace_in_the_cache_only_where_something_is_cache
     async with bench(tmp_path) as b:
         fs = b.show([b.hub.lfs("weights", WEIGHTS)])
         inode = (await fs.look_up(ROOT, b"weights")).inode
-        first = fs.open_file(inode).handle
+        first = (await fs.open_file(inode)).handle
         assert b.blobs.store.listing() == []
         await fs.read(first, 0, 1)
         fs.close_file(first)
-        second = fs.open_file(inode).handle
+        second = (await fs.open_file(inode)).handle
         [info] = b.blobs.store.listing()
         assert info.in_use
         fs.close_file(second)
@@ -324,7 +329,7 @@ async def test_a_file_without_bytes_needs_no_fetch(tmp_path: Path) -> None:
         fs = b.show([plain("empty", b"")])
         empty = await fs.look_up(ROOT, b"empty")
         assert empty.size == 0
-        opened = fs.open_file(empty.inode)
+        opened = await fs.open_file(empty.inode)
         assert opened.keep_cache
         assert await fs.read(opened.handle, 0, 4096) == b""
         assert b.blobs.opened == 0
@@ -338,9 +343,9 @@ async def test_what_the_hub_hides_is_shown_and_not_opened(tmp_path: Path, size: 
         found = await fs.look_up(ROOT, b"weights")
         assert found.size == size
         with pytest.raises(Denied, match=r"org/name/weights cannot be read: org/name is gated.*hf auth login"):
-            fs.open_file(found.inode)
+            await fs.open_file(found.inode)
         assert fs.open_files == 0
-        assert fs.extended_attributes(found.inode) == {"user.manta.state": "hidden"}
+        assert await fs.extended_attributes(found.inode) == {"user.manta.state": "hidden"}
 
 
 @pytest.mark.trio
@@ -351,13 +356,13 @@ async def test_a_text_that_may_change_is_not_kept_by_the_kernel(tmp_path: Path) 
         repo = (await fs.look_up(ROOT, b"models--org--name")).inode
         refs = (await fs.look_up(repo, b"refs")).inode
         main = await fs.look_up(refs, b"main")
-        assert main == Attributes(main.inode, "file", 40, REF_LIFETIME_SECONDS, REF_LIFETIME_SECONDS)
+        assert main == Attributes(main.inode, main.inode, "file", 40, REF_LIFETIME_SECONDS, REF_LIFETIME_SECONDS)
         assert fs.absence_valid_s(refs) == REF_LIFETIME_SECONDS
-        old = fs.open_file(main.inode)
+        old = await fs.open_file(main.inode)
         assert not old.keep_cache
         b.hub.commit(MODEL, SECOND, [plain("a", b"b")], "main")
         assert (await fs.look_up(refs, b"main")).inode == main.inode
-        new = fs.open_file(main.inode)
+        new = await fs.open_file(main.inode)
         assert await fs.read(old.handle, 0, 4096) == FIRST.encode()
         assert await fs.read(new.handle, 0, 4096) == SECOND.encode()
 
@@ -370,7 +375,7 @@ async def test_a_link_has_a_target(tmp_path: Path) -> None:
         inode = ROOT
         for name in ("models--org--name", "snapshots", FIRST, "größe"):
             inode = (await fs.look_up(inode, name.encode())).inode
-        attributes, target = fs.attributes(inode), fs.read_link(inode)
+        attributes, target = await fs.attributes(inode), await fs.read_link(inode)
         assert (attributes.kind, attributes.size) == ("link", len(target))
         assert target.startswith(b"../../blobs/")
 
@@ -380,8 +385,8 @@ async def test_the_end_closes_what_is_open_and_forgets_what_was_known(tmp_path: 
     async with bench(tmp_path) as b:
         fs = b.show([b.hub.lfs("weights", WEIGHTS)])
         inode = (await fs.look_up(ROOT, b"weights")).inode
-        fs.open_file(inode)
-        fs.open_file(inode)
+        await fs.open_file(inode)
+        await fs.open_file(inode)
         await fs.open_folder(ROOT)
         fs.close()
         assert (fs.open_files, b.blobs.opened, fs.known_inodes) == (0, 0, 1)
@@ -398,31 +403,31 @@ async def test_a_file_tells_how_much_of_it_is_cached(tmp_path: Path) -> None:
         fs = b.show([entry])
         inode = (await fs.look_up(ROOT, b"weights")).inode
 
-        def state() -> tuple[str, str]:
-            found = fs.extended_attributes(inode)
+        async def state() -> tuple[str, str]:
+            found = await fs.extended_attributes(inode)
             assert found.pop("user.manta.blob") == str(entry.blob)
             assert set(found) == {"user.manta.state", "user.manta.cached_bytes"}
             return found["user.manta.state"], found["user.manta.cached_bytes"]
 
-        assert state() == ("absent", "0")
-        opened = fs.open_file(inode)
+        assert await state() == ("absent", "0")
+        opened = await fs.open_file(inode)
         await fs.read(opened.handle, 2 * CHUNK, 1)
         await wait_all_tasks_blocked()  # the reader has its byte before the chunk is recorded
         transfer = b.blobs.fetcher.transfer(str(entry.blob))
         assert transfer is not None
-        assert state() == ("partial", str(CHUNK))
+        assert await state() == ("partial", str(CHUNK))
         await fs.read(opened.handle, 0, len(WEIGHTS))
         await wait_all_tasks_blocked()
-        assert state() == ("complete", str(len(WEIGHTS)))
+        assert await state() == ("complete", str(len(WEIGHTS)))
         transfer.blob.seal()
-        assert state() == ("sealed", str(len(WEIGHTS)))
+        assert await state() == ("sealed", str(len(WEIGHTS)))
 
 
 @pytest.mark.trio
 async def test_a_file_without_bytes_is_complete(tmp_path: Path) -> None:
     async with bench(tmp_path) as b:
         fs = b.show([plain("empty", b"")])
-        found = fs.extended_attributes((await fs.look_up(ROOT, b"empty")).inode)
+        found = await fs.extended_attributes((await fs.look_up(ROOT, b"empty")).inode)
         assert found["user.manta.state"] == "complete"
 
 
@@ -432,9 +437,9 @@ async def test_a_folder_tells_its_repo_commit_and_what_is_cached_below_it(tmp_pa
         fs = b.show([plain("onnx/model", WEIGHTS), plain("config.json", CONFIG)])
         b.source.cached = {"onnx/model": 7, "config.json": 20}
         names = {"user.manta.repo": "org/name", "user.manta.commit": FIRST}
-        assert fs.extended_attributes(ROOT) == {**names, "user.manta.cached_bytes": "27"}
+        assert await fs.extended_attributes(ROOT) == {**names, "user.manta.cached_bytes": "27"}
         onnx = (await fs.look_up(ROOT, b"onnx")).inode
-        assert fs.extended_attributes(onnx) == {**names, "user.manta.cached_bytes": "7"}
+        assert await fs.extended_attributes(onnx) == {**names, "user.manta.cached_bytes": "7"}
 
 
 @pytest.mark.trio
@@ -446,7 +451,7 @@ async def test_texts_and_links_have_no_extended_attributes(tmp_path: Path) -> No
             inode = (await fs.look_up(ROOT, b"models--org--name")).inode
             for name in path:
                 inode = (await fs.look_up(inode, name.encode())).inode
-            assert fs.extended_attributes(inode) == {}
+            assert await fs.extended_attributes(inode) == {}
 
 
 @pytest.mark.trio
@@ -468,4 +473,4 @@ async def test_the_lifetime_of_absence_is_the_folders_own(tmp_path: Path) -> Non
         assert fs.absence_valid_s(snapshots) == LISTING_LIFETIME_SECONDS
         tree = (await fs.look_up(snapshots, FIRST.encode())).inode
         assert fs.absence_valid_s(tree) == FOREVER_SECONDS
-        assert os.fsdecode(fs.read_link((await fs.look_up(tree, b"a")).inode)).count("../") == 2
+        assert os.fsdecode(await fs.read_link((await fs.look_up(tree, b"a")).inode)).count("../") == 2

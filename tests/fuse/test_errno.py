@@ -17,6 +17,7 @@ from manta.errors import (
     MantaError,
     NoSpace,
     NotRunning,
+    Superseded,
     Throttled,
     Unavailable,
 )
@@ -28,6 +29,7 @@ EXPECTED: dict[type[MantaError], int] = {
     Invalid: errno.EINVAL,
     NoSpace: errno.ENOSPC,
     InUse: errno.EBUSY,
+    Superseded: errno.ESTALE,
     Unavailable: errno.EIO,
     Corrupt: errno.EIO,
     CacheBroken: errno.EIO,

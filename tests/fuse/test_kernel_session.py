@@ -20,12 +20,10 @@ from manta.fs.inodes import ROOT
 from manta.fs.views import SnapshotFolder
 from manta.fuse import protocol
 from manta.fuse.kernel_session import FEATURES, KernelSession
-from manta.fuse.protocol import Init, Negotiated, Open, Opcode
+from manta.fuse.protocol import Init, Negotiated, Opcode, Open
 from manta.telemetry.events import Telemetry
 from tests.fs.fakes import CHUNK, FIRST, MODEL, MemoryHub, MemorySource, content, fetching
 from tests.fuse.test_protocol import entries
-
-pytestmark = pytest.mark.trio
 
 CONFIG = b'{"hidden_size": 384}'
 WEIGHTS = content(3 * CHUNK + 5)
@@ -95,20 +93,22 @@ async def kernel(directory: Path, *, native: bool = False) -> AsyncIterator[tupl
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
     refused: list[MantaError] = []
-    async with fetching(directory, hub) as blobs, trio.open_nursery() as nursery:
+    async with fetching(directory, hub) as blobs:
         files = [hub.plain("config.json", CONFIG), hub.lfs("model.safetensors", WEIGHTS), hub.plain("a/b", b"b")]
         folder = SnapshotFolder(MemorySource(hub), hub.commit(MODEL, FIRST, files, "main"))
         filesystem = Filesystem(folder, blobs, Telemetry(), fill=False, native=native)
         session = KernelSession(filesystem, refused.append)
-        session.adopt(directory, ours.detach(), msgspec.json.encode(AGREED), [])
-        nursery.start_soon(session.serve)
-        with trio.socket.from_stdlib_socket(theirs) as wire:
-            yield Kernel(wire, refused), hub
-        nursery.cancel_scope.cancel()
-    filesystem.close()
-    session.leave()
+        session.adopt(directory, ours.detach(), msgspec.json.encode(AGREED))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.serve)
+            with trio.socket.from_stdlib_socket(theirs) as wire:
+                yield Kernel(wire, refused), hub
+            nursery.cancel_scope.cancel()
+        filesystem.close()
+        session.leave()
 
 
+@pytest.mark.trio
 async def test_names_lead_to_attributes(tmp_path: Path) -> None:
     async with kernel(tmp_path) as (k, _):
         entry = await k.ask(Opcode.LOOKUP, ROOT, b"config.json\0")
@@ -123,6 +123,7 @@ async def test_names_lead_to_attributes(tmp_path: Path) -> None:
         assert await k.fail(Opcode.GETATTR, 4242, bytes(16)) in {"ENOENT", "ESTALE"}
 
 
+@pytest.mark.trio
 async def test_a_file_is_opened_and_read(tmp_path: Path) -> None:
     async with kernel(tmp_path) as (k, _):
         nodeid = await k.look_up(b"model.safetensors")
@@ -137,6 +138,7 @@ async def test_a_file_is_opened_and_read(tmp_path: Path) -> None:
         await k.ask(Opcode.RELEASE, nodeid, struct.pack("<QIIQ", handle, 0, 0, 0))
 
 
+@pytest.mark.trio
 @pytest.mark.parametrize("opcode", [Opcode.READDIR, Opcode.READDIRPLUS])
 async def test_a_directory_is_listed_in_pieces(tmp_path: Path, opcode: Opcode) -> None:
     async with kernel(tmp_path) as (k, _):
@@ -154,6 +156,7 @@ async def test_a_directory_is_listed_in_pieces(tmp_path: Path, opcode: Opcode) -
         await k.ask(Opcode.RELEASEDIR, ROOT, struct.pack("<QIIQ", handle, 0, 0, 0))
 
 
+@pytest.mark.trio
 async def test_extended_attributes_are_told_with_their_size_first(tmp_path: Path) -> None:
     async with kernel(tmp_path) as (k, _):
         nodeid = await k.look_up(b"config.json")
@@ -168,6 +171,7 @@ async def test_extended_attributes_are_told_with_their_size_first(tmp_path: Path
         assert b"user.manta.blob\0" in names
 
 
+@pytest.mark.trio
 async def test_what_writes_and_what_is_not_known_is_refused(tmp_path: Path) -> None:
     async with kernel(tmp_path) as (k, _):
         nodeid = await k.look_up(b"config.json")
@@ -178,6 +182,7 @@ async def test_what_writes_and_what_is_not_known_is_refused(tmp_path: Path) -> N
         assert len(await k.ask(Opcode.STATFS)) == 80
 
 
+@pytest.mark.trio
 async def test_nonsense_is_survived(tmp_path: Path) -> None:
     async with kernel(tmp_path) as (k, _):
         await k.send_raw(b"x")
@@ -191,6 +196,7 @@ async def test_nonsense_is_survived(tmp_path: Path) -> None:
         assert await k.look_up(b"config.json")
 
 
+@pytest.mark.trio
 async def test_a_read_that_waits_keeps_nobody_waiting_and_can_be_interrupted(tmp_path: Path) -> None:
     async with kernel(tmp_path) as (k, hub):
         nodeid, small = await k.look_up(b"model.safetensors"), await k.look_up(b"config.json")
@@ -206,12 +212,14 @@ async def test_a_read_that_waits_keeps_nobody_waiting_and_can_be_interrupted(tmp
         assert await k.ask(Opcode.READ, nodeid, read_in(handle, 0, CHUNK)) == WEIGHTS[:CHUNK]
 
 
+@pytest.mark.trio
 async def test_a_read_that_fails_is_an_errno_and_a_sentence(tmp_path: Path) -> None:
     async with kernel(tmp_path) as (k, _):
         assert await k.fail(Opcode.READ, ROOT, read_in(99, 0, 10)) == "EINVAL"
         assert "not" in k.refused[0].message
 
 
+@pytest.mark.trio
 async def test_where_the_kernel_takes_no_backing_file_it_is_read_through_us(tmp_path: Path) -> None:
     async with kernel(tmp_path, native=True) as (k, _):  # a socket takes none
         nodeid = await k.look_up(b"model.safetensors")
@@ -229,13 +237,14 @@ async def test_where_the_kernel_takes_no_backing_file_it_is_read_through_us(tmp_
         assert await k.ask(Opcode.READ, nodeid, read_in(handle, 5, 10)) == WEIGHTS[5:15]
 
 
+@pytest.mark.trio
 async def test_what_the_daemon_before_agreed_on_must_be_readable(tmp_path: Path) -> None:
     hub = MemoryHub()
     async with fetching(tmp_path, hub) as blobs:
         folder = SnapshotFolder(MemorySource(hub), hub.commit(MODEL, FIRST, [], "main"))
         session = KernelSession(Filesystem(folder, blobs, Telemetry()), lambda _: None)
         with pytest.raises(Corrupt):
-            session.adopt(tmp_path, 0, b"{}", [])
+            session.adopt(tmp_path, 0, b"{}")
 
 
 def test_features_can_be_named() -> None:
