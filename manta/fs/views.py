@@ -58,6 +58,10 @@ class SnapshotSource(Protocol):
         """What has been frozen so far."""
         ...
 
+    def shown(self, repo: RepoId) -> Sequence[Commit]:
+        """The commits of `repo` whose trees `snapshot` has given so far, also to an earlier daemon."""
+        ...
+
 
 def _absent(name: str) -> Absent:
     return Absent(f"There is no {name!r} here.")
@@ -145,13 +149,42 @@ class SnapshotFolder(_TreeFolder):
     """
 
     def __init__(self, source: SnapshotSource, snapshot: Snapshot, folder: str = "", *, place: str = "") -> None:
-        super().__init__(source, snapshot, folder, f"tree:{place}:{snapshot.repo}@{snapshot.commit}:{folder}")
+        super().__init__(source, snapshot, folder, _tree_key(place, snapshot.repo, snapshot.commit, folder))
         self._place = place
 
     def _node(self, path: str, entry: FileEntry | None) -> Node:
         if entry is None:
             return SnapshotFolder(self._source, self._snapshot, path, place=self._place)
         return BlobNode(Provenance(self._snapshot.repo, self._snapshot.commit, entry, self._source.access))
+
+
+class AwaitedFolder(Folder):
+    """What stands for a SnapshotFolder after a restart of the daemon while its tree cannot be had: each use asks for it again."""
+
+    def __init__(self, source: SnapshotSource, repo: RepoId, commit: Commit, folder: str, *, place: str) -> None:
+        self._source = source
+        self._repo = repo
+        self._commit = commit
+        self._folder = folder
+        self._place = place
+        self.key = _tree_key(place, repo, commit, folder)
+
+    async def child(self, name: str) -> Node:
+        return await (await self._come()).child(name)
+
+    async def children(self) -> Sequence[tuple[str, Node]]:
+        return await (await self._come()).children()
+
+    async def _come(self) -> SnapshotFolder:
+        snapshot = await self._source.snapshot(self._repo, self._commit)
+        return SnapshotFolder(self._source, snapshot, self._folder, place=self._place)
+
+    def attributes(self) -> Mapping[str, str]:
+        return {"repo": str(self._repo), "commit": self._commit}
+
+
+def _tree_key(place: str, repo: RepoId, commit: Commit, folder: str) -> str:
+    return f"tree:{place}:{repo}@{commit}:{folder}"
 
 
 # The whole hub as a tree ---------------------------------------------------------------------------------------------
@@ -241,11 +274,13 @@ class HubCacheFolder(Folder):
             commit = await self._source.freeze(repo, revision)
             folder = CachedRepoFolder(self._source, self._mount, repo, revision)
             await folder.take_in(commit)
+            for shown in self._source.shown(repo):
+                await folder.take_in(shown)
             self._repos.setdefault(repo, folder)
         return self._repos[repo]
 
     async def children(self) -> Sequence[tuple[str, Node]]:
-        names = {repo.folder for repo in self._repos}
+        names = {repo.folder for repo, _revision in self._source.frozen()}
         if self._only is not None:
             names.add(self._only[0].folder)
         return [(name, await self.child(name)) for name in sorted(names)]

@@ -8,7 +8,8 @@ Used by `manta.fs` and the daemon's mounts and jobs; belongs to the trio thread.
 Who may see what. A public repo's stored tree serves everyone. The tree of a private or gated repo serves an access after the origin
 has shown it that tree, and then for GRANT_S. While the origin cannot be asked, only the owner (the daemon's own access, with which a single
 user mounts) goes on seeing what is stored: those bytes are on the owner's disk already. Anyone else, such as a pod with a token of its own,
-is refused until the origin can say.
+is refused until the origin can say. What a mount has been shown it holds for its life, and gets again after a restart of the daemon
+(`stored`), whatever the origin says by then.
 """
 
 from __future__ import annotations
@@ -209,6 +210,16 @@ class Catalog:
         if known is not None and self._may_see(known, access):
             return known
         return await self._shared(("tree", repo, commit, access), lambda: self._snapshot(repo, commit, access))
+
+    async def stored(self, repo: RepoId, commit: Commit) -> Snapshot | None:
+        """The stored tree of a commit, whoever may see it: for a mount that was shown it before the daemon was restarted, and for nobody
+        else. None where it is not stored, or the disk does not answer."""
+        return await self._known_tree(repo, commit)
+
+    @property
+    def owner(self) -> Access:
+        """The daemon's own access."""
+        return self._owner
 
     def denial(self, snapshot: Snapshot, access: Access) -> Denied | None:
         """Why nothing of a snapshot that `snapshot` gave for `access` can be read; None where it can."""

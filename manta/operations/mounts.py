@@ -4,12 +4,15 @@ A mount is made in three steps: the daemon makes the directory (`create`), the c
 the caller's mount namespace), and says so (`bound`). It ends when the caller says so (`remove`) or when the binding is gone from mountinfo
 (plain umount, fusermount3 -u). Without root there are no bind mounts: then the one mount is the root of the filesystem itself.
 Runs in the daemon's trio thread.
+
+Where mounts outlive the daemon, the journal has what the next one needs to show the same: each mount with its token, what it has frozen
+and which trees it has been shown. `restore` makes them again of stored trees, without asking the hub.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +22,14 @@ import trio
 
 from manta.cache.store import Store
 from manta.control.protocol import Mount, MountRequest
-from manta.errors import Absent, InUse, Invalid
+from manta.errors import Absent, InUse, Invalid, MantaError
 from manta.fetch.sources import Provenance
+from manta.fs.journal import Frozen, Journal, NoJournal, Recovered, RecoveredMount, Showed
 from manta.fs.nodes import Folder, Node
-from manta.fs.views import HubCacheFolder, HubFolder, SnapshotFolder
+from manta.fs.views import AwaitedFolder, HubCacheFolder, HubFolder, SnapshotFolder
 from manta.hub.catalog import Catalog, Resolution
 from manta.hub.origin import Access
-from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, RepoId, Target, parse_target
+from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, RepoId, RepoKind, Target, parse_target
 from manta.model.snapshot import Contents, Snapshot
 from manta.operations.failures import Failures
 from manta.telemetry.events import FileRate
@@ -45,6 +49,10 @@ that a ref has meant since. A tree of a hundred files is about 60 KB."""
 FILES_MAX = 1_000_000
 """Files of all those trees, counted before the latest: 600 MB."""
 
+RESTORE_SECONDS_MAX = 20.0
+"""How long `restore` waits for stored trees: a tree of 10,000 files takes 40 ms, while the kernel's requests wait. What has not come by
+then is looked for when it is asked for."""
+
 
 _NO_RATES: Mapping[BlobId, FileRate] = {}
 
@@ -58,6 +66,10 @@ class MountScope:
     _store: Store
     _frozen: dict[tuple[RepoId, str | None], Resolution] = field(default_factory=dict)
     _snapshots: dict[tuple[RepoId, Commit], Snapshot] = field(default_factory=dict)
+    _awaited: dict[tuple[RepoId, Commit], None] = field(default_factory=dict)
+    """Trees that an earlier daemon held for this mount, and that were not found yet."""
+    _journal: Journal = field(default_factory=NoJournal)
+    _mount: str = ""
 
     async def freeze(self, repo: RepoId, revision: str | None) -> Commit:
         """Raises InUse when the mount shows FROZEN_MAX repos already."""
@@ -68,7 +80,9 @@ class MountScope:
                     f"This mount shows {FROZEN_MAX} repos already; unmount it and mount it again, or mount {repo} alone."
                 )
             resolution = await self._catalog.resolve(repo, revision, self.access)
-            self._frozen.setdefault(key, resolution)
+            if key not in self._frozen:
+                self._frozen[key] = resolution
+                self._journal.frozen(self._mount, _frozen(repo, revision, resolution))
         return self._frozen[key].commit
 
     async def current(self, repo: RepoId, revision: str) -> Commit:
@@ -84,10 +98,15 @@ class MountScope:
                     f"This mount shows {len(self._snapshots)} commits with {files} files already; unmount it and mount it again, or mount"
                     f" {repo} alone."
                 )
-            snapshot = await self._catalog.snapshot(repo, commit, self.access)
-            if (denial := self._catalog.denial(snapshot, self.access)) is not None:
-                raise denial
-            self._snapshots.setdefault(key, snapshot)
+            snapshot = await self._catalog.stored(repo, commit) if key in self._awaited else None
+            if snapshot is None:
+                snapshot = await self._catalog.snapshot(repo, commit, self.access)
+                if (denial := self._catalog.denial(snapshot, self.access)) is not None:
+                    raise denial
+            if key not in self._snapshots:
+                self._snapshots[key] = snapshot
+                self._awaited.pop(key, None)
+                self._journal.showed(self._mount, Showed(_written(repo), commit))
         return self._snapshots[key]
 
     def frozen(self) -> Mapping[tuple[RepoId, str | None], Commit]:
@@ -98,6 +117,12 @@ class MountScope:
             if (repo, resolution.commit) in self._snapshots
         }
 
+    def commit(self, repo: RepoId, revision: str | None) -> Commit:
+        """What is frozen for it. Raises Invalid where nothing is."""
+        if (repo, revision) not in self._frozen:
+            raise Invalid(f"{repo} was not frozen by the daemon before.")
+        return self._frozen[repo, revision].commit
+
     def stale(self, repo: RepoId, revision: str | None) -> bool:
         """Whether what is frozen is what the cache remembered, because the hub could not be asked."""
         return self._frozen[repo, revision].stale
@@ -105,10 +130,67 @@ class MountScope:
     def cached_bytes(self, snapshot: Snapshot, folder: str) -> int:
         return self._store.cached_of(snapshot.contents_of(folder).blobs)
 
+    def shown(self, repo: RepoId) -> Sequence[Commit]:
+        return [commit for shown, commit in self._snapshots if shown == repo]
+
+    def follow(self, journal: Journal, mount: str) -> None:
+        """From now on `journal` is told what this mount freezes and is shown."""
+        self._journal, self._mount = journal, mount
+
+    def rewrite(self) -> None:
+        """Tells the journal all of it."""
+        for (repo, revision), resolution in self._frozen.items():
+            self._journal.frozen(self._mount, _frozen(repo, revision, resolution))
+        for repo, commit in (*self._snapshots, *self._awaited):
+            self._journal.showed(self._mount, Showed(_written(repo), commit))
+
+    def recover(self, recovered: RecoveredMount) -> None:
+        """Takes over what it had frozen and held, of which `load` finds the trees. Raises Invalid."""
+        for frozen in recovered.frozen:
+            self._frozen[_read(frozen.repo), frozen.revision] = Resolution(Commit(frozen.commit), stale=frozen.stale)
+        for showed in recovered.showed:
+            self._awaited[_read(showed.repo), Commit(showed.commit)] = None
+
+    async def load(self) -> None:
+        """Finds the trees that an earlier daemon held, as far as they are stored."""
+        for key in list(self._awaited):
+            if (snapshot := await self._catalog.stored(*key)) is not None:
+                self._snapshots[key] = snapshot
+                del self._awaited[key]
+
     @property
     def held(self) -> Mapping[tuple[RepoId, Commit], Snapshot]:
         """What `snapshot` has given so far."""
         return self._snapshots
+
+
+def _frozen(repo: RepoId, revision: str | None, resolution: Resolution) -> Frozen:
+    return Frozen(_written(repo), revision, resolution.commit, resolution.stale)
+
+
+def _written(repo: RepoId) -> str:
+    """With its kind in any case: an organisation may be called "datasets"."""
+    return f"{repo.kind.value}/{repo.name}"
+
+
+def _read(text: str) -> RepoId:
+    """Raises Invalid for what `_written` did not write."""
+    kind, _, name = text.partition("/")
+    try:
+        return RepoId(RepoKind(kind), name)
+    except ValueError as e:
+        raise Invalid(f"{text!r} is no repo.") from e
+
+
+class _Content(msgspec.Struct, frozen=True):
+    """What the journal has of a mount."""
+
+    request: MountRequest
+    """With its token, where that is not the daemon's own."""
+    directory: str
+    created: float
+    """Seconds since the epoch."""
+    confirmed: bool
 
 
 @dataclass(eq=False)
@@ -122,7 +204,7 @@ class Mounted:
     """None for the whole hub."""
     commit: Commit | None
     contents: Contents | None
-    """Of the mounted folder; None for the whole hub, where it grows."""
+    """Of the mounted folder; None for the whole hub, where it grows, and while its tree is awaited."""
     scope: MountScope
     root: Folder
     created: float
@@ -167,15 +249,25 @@ class _RootFolder(Folder):
 
 
 class Mounts:
-    """`root` is where the daemon's filesystem is mounted; None: mounts are direct. `gone` hears of each mount that ended."""
+    """`root` is where the daemon's filesystem is mounted; None: mounts are direct. `gone` hears of each mount that ended, `journal` of all
+    that the next daemon must know."""
 
-    def __init__(self, catalog: Catalog, store: Store, root: Path | None, gone: Callable[[Mounted], None]) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: Store,
+        root: Path | None,
+        gone: Callable[[Mounted], None],
+        journal: Journal | None = None,
+    ) -> None:
         self._catalog = catalog
         self._store = store
         self._root = root
         self._gone = gone
         self._mounted: dict[str, Mounted] = {}
-        self._numbers = itertools.count(1)
+        self._made = 0
+        self._journal = journal or NoJournal()
+        self._journal.rewritten_by(self._rewrite)
         self.folder: Folder = _RootFolder(self)
 
     @property
@@ -205,25 +297,14 @@ class Mounts:
         one."""
         target = parse_target(request.target) if request.target else None
         scope = MountScope(access, self._catalog, self._store)
-        number = next(self._numbers)
+        self._made += 1
         slug = "hub" if target is None else target.repo.name.replace("/", "--")
-        mount_id = f"{number}-{slug}"
+        mount_id = f"{self._made}-{slug}"
         commit = contents = None
-        root: Folder
-        if target is None:
-            root = HubFolder(scope, mount_id) if request.view == "tree" else HubCacheFolder(scope, mount_id)
-        else:
+        if target is not None:
             commit = await scope.freeze(target.repo, target.revision)
-            snapshot = await scope.snapshot(target.repo, commit)
-            contents = snapshot.contents_of(target.subfolder)
-            if request.view == "tree":
-                root = SnapshotFolder(scope, snapshot, target.subfolder, place=mount_id)
-            elif target.subfolder:
-                raise Invalid(
-                    f"The hub-cache view shows a repo as a whole: leave {target.subfolder!r} away, or use --view tree."
-                )
-            else:
-                root = HubCacheFolder(scope, mount_id, only=(target.repo, target.revision))
+            contents = (await scope.snapshot(target.repo, commit)).contents_of(target.subfolder)
+        root = self._root_of(mount_id, target, request, scope, commit)
         if self.direct and self._mounted:
             other = self.only
             raise InUse(
@@ -234,22 +315,49 @@ class Mounts:
         mounted = Mounted(
             mount_id, request, target, commit, contents, scope, root, trio.current_time(), request.directory
         )
-        self._mounted[mount_id] = mounted
-        if self.direct:
-            # The top is the mount itself: what it lacks it goes on lacking.
-            self.folder.lifetime_s = root.lifetime_s
+        self._show(mounted)
+        scope.follow(self._journal, mount_id)
+        # The mount last: where the daemon dies before that, the next one has never heard of it.
+        self._journal.numbered(self._made)
+        scope.rewrite()
+        self._record(mounted)
         log.info("mount %s: %s at %s for %s", mount_id, request.target or "the hub", commit or "-", request.directory)
         return mounted
+
+    @staticmethod
+    def _root_of(
+        mount_id: str, target: Target | None, request: MountRequest, scope: MountScope, commit: Commit | None
+    ) -> Folder:
+        """Raises Invalid for what cannot be shown so, Absent where the tree lacks the folder."""
+        if target is None or commit is None:
+            return HubFolder(scope, mount_id) if request.view == "tree" else HubCacheFolder(scope, mount_id)
+        if request.view == "tree":
+            if (snapshot := scope.held.get((target.repo, commit))) is None:
+                return AwaitedFolder(scope, target.repo, commit, target.subfolder, place=mount_id)
+            return SnapshotFolder(scope, snapshot, target.subfolder, place=mount_id)
+        if target.subfolder:
+            raise Invalid(
+                f"The hub-cache view shows a repo as a whole: leave {target.subfolder!r} away, or use --view tree."
+            )
+        return HubCacheFolder(scope, mount_id, only=(target.repo, target.revision))
+
+    def _show(self, mounted: Mounted) -> None:
+        self._mounted[mounted.id] = mounted
+        if self.direct:
+            # The top is the mount itself: what it lacks it goes on lacking.
+            self.folder.lifetime_s = mounted.root.lifetime_s
 
     def bound(self, mount_id: str, directory: str) -> Mounted:
         mounted = self[mount_id]
         mounted.directory = directory
         mounted.confirmed = True
+        self._record(mounted)
         return mounted
 
     def remove(self, mount_id: str) -> Mounted:
         """The directory is gone; open files in it stay readable until they are closed."""
         mounted = self[mount_id]
+        self._journal.unmounted(mount_id)
         del self._mounted[mount_id]
         log.info("mount %s ended (%s)", mount_id, mounted.directory)
         self._gone(mounted)
@@ -262,6 +370,83 @@ class Mounts:
                 mounted.seen = True
             elif mounted.seen or (not mounted.confirmed and now - mounted.created > BIND_SECONDS_MAX):
                 self.remove(mounted.id)
+
+    # Across daemons ------------------------------------------------------------------------------------------------------
+
+    def _record(self, mounted: Mounted) -> None:
+        access = mounted.scope.access
+        token = access.token if access != self._catalog.owner else ""
+        content = _Content(
+            msgspec.structs.replace(mounted.request, token=token),
+            mounted.directory,
+            time.time() - (trio.current_time() - mounted.created),
+            mounted.confirmed,
+        )
+        self._journal.mounted(mounted.id, msgspec.json.encode(content))
+
+    def _rewrite(self) -> None:
+        self._journal.numbered(self._made)
+        for mounted in self:
+            mounted.scope.rewrite()
+            self._record(mounted)
+
+    async def restore(self, recovered: Recovered, access: Callable[[str], Access]) -> None:
+        """Makes the mounts of an earlier daemon again, before anything else is mounted or served. Asks the hub nothing: where a tree is not
+        stored, its names fail until the hub gives it. `access` is who asks for a token that a mount came with, "" for the daemon's own.
+        """
+        self._made = max(self._made, recovered.mounts_so_far)
+        for mount_id, kept in recovered.mounts.items():
+            try:
+                self._show(self._restored(mount_id, kept, access))
+            except (MantaError, msgspec.DecodeError) as e:
+                log.error("mount %s of the daemon before could not be made again: %s", mount_id, e)
+        with trio.move_on_after(RESTORE_SECONDS_MAX):
+            for mounted in self:
+                await mounted.scope.load()
+        for mounted in self:
+            try:
+                mounted.root = self._root_of(mounted.id, mounted.target, mounted.request, mounted.scope, mounted.commit)
+            except MantaError as e:
+                log.error("mount %s shows nothing: %s", mounted.id, e.message)
+            awaited = mounted.target is not None and self._contents(mounted) is None
+            log.info("mount %s goes on%s", mounted.id, ", its tree is asked for when it is used" if awaited else "")
+
+    def _restored(self, mount_id: str, kept: RecoveredMount, access: Callable[[str], Access]) -> Mounted:
+        """Without trees so far. Raises Invalid, msgspec.DecodeError."""
+        content = msgspec.json.decode(kept.content, type=_Content)
+        request = msgspec.structs.replace(content.request, token="")
+        target = parse_target(request.target) if request.target else None
+        scope = MountScope(access(content.request.token), self._catalog, self._store)
+        scope.recover(kept)
+        scope.follow(self._journal, mount_id)
+        commit: Commit | None = None
+        if target is not None:
+            commit = scope.commit(target.repo, target.revision)
+        root = self._root_of(mount_id, target, request, scope, commit)
+        age = max(0.0, time.time() - content.created)
+        return Mounted(
+            mount_id,
+            request,
+            target,
+            commit,
+            None,
+            scope,
+            root,
+            trio.current_time() - age,
+            content.directory,
+            content.confirmed,
+        )
+
+    @staticmethod
+    def _contents(mounted: Mounted) -> Contents | None:
+        """Of the mounted folder: None for the whole hub, and while its tree is awaited."""
+        target, commit = mounted.target, mounted.commit
+        if mounted.contents is None and target is not None and commit is not None:
+            snapshot = mounted.scope.held.get((target.repo, commit))
+            mounted.contents = snapshot.contents_of(target.subfolder) if snapshot is not None else None
+        return mounted.contents
+
+    # What they show ------------------------------------------------------------------------------------------------------
 
     def source(self, mounted: Mounted) -> str:
         """The directory to bind."""
@@ -292,7 +477,8 @@ class Mounts:
         """
         scope, target = mounted.scope, mounted.target
         whole_hub = [snapshot.contents for snapshot in scope.held.values()]
-        shown = [mounted.contents] if mounted.contents is not None else whole_hub
+        contents = self._contents(mounted)
+        shown = [contents] if contents is not None else whole_hub
         return Mount(
             id=mounted.id,
             target=mounted.request.target,

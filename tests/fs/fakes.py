@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -219,6 +219,7 @@ class MemorySource:
         self.hub = hub
         self.access = access
         self.frozen_commits: dict[tuple[RepoId, str | None], Commit] = {}
+        self.shown_commits: dict[tuple[RepoId, Commit], None] = {}
         self.cached: dict[str, int] = {}
         """Bytes in the cache by path."""
 
@@ -232,6 +233,7 @@ class MemorySource:
         return (await self.hub.resolve(repo, revision, self.access)).commit
 
     async def snapshot(self, repo: RepoId, commit: Commit) -> Snapshot:
+        self.shown_commits.setdefault((repo, commit))
         return await self.hub.snapshot(repo, commit, self.access)
 
     def cached_bytes(self, snapshot: Snapshot, folder: str) -> int:
@@ -239,6 +241,9 @@ class MemorySource:
 
     def frozen(self) -> Mapping[tuple[RepoId, str | None], Commit]:
         return self.frozen_commits
+
+    def shown(self, repo: RepoId) -> Sequence[Commit]:
+        return [commit for of, commit in self.shown_commits if of == repo]
 
 
 def blob_of(data: bytes) -> BlobId:
