@@ -36,6 +36,7 @@ from manta.control.protocol import (
     PrefetchRequest,
     Quota,
     Removal,
+    Running,
     Source,
     Status,
     VerifyRequest,
@@ -54,10 +55,12 @@ from manta.hub.circuit import Circuits
 from manta.hub.huggingface import HuggingFaceHub
 from manta.hub.identity import Identity
 from manta.hub.origin import Access, default_access, origin_of
+from manta.keeper import RESTART
 from manta.model.ids import BlobId, parse_target
 from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
+from manta.operations.keeping import Keeping
 from manta.operations.mounts import Mounted, Mounts
 from manta.operations.room import Room
 from manta.operations.verification import Verification
@@ -78,10 +81,13 @@ DISK_SECONDS_MAX = 2.0
 class Daemon:
     """Everything that runs, and the control API over it. `run` builds it and returns when it is told to stop."""
 
-    def __init__(self, config: Config, store: Store, ephemeral: bool) -> None:
+    def __init__(self, config: Config, store: Store, ephemeral: bool, keeping: Keeping) -> None:
         self._config = config
         self._store = store
         self._ephemeral = ephemeral
+        self._keeping = keeping
+        self.handing_over = False
+        """Whether it ends to be followed by another, which takes over its mounts."""
         self._started = time.time()
         self._asking_disk = trio.CapacityLimiter(1)  # one that hangs takes one thread, not one per scrape
         self._direct = os.geteuid() != 0
@@ -186,11 +192,15 @@ class Daemon:
                 nursery.start_soon(self._control.serve, listener)
                 nursery.start_soon(self._root.watch, self._drop_unbound)
                 await self._serve_metrics()
+                nursery.start_soon(self._keeping.watch)
+                self._keeping.ready()
                 ready.announce(None)
                 log.info("manta %s serves %s, pid %d", __version__, config.cache.dir, os.getpid())
                 await self._until_stopped()
             finally:
                 self._watchdog.start()
+                if self._stopping.is_set() and not self.handing_over:
+                    self._keeping.stopping()
                 with trio.CancelScope(shield=True):
                     await self._root.end(self._hurrying)
                     if listener is not None:
@@ -349,7 +359,7 @@ class Daemon:
             workers=len(self._workers.pids),
             errors=self._failures.all(),
             problems=[
-                *filter(None, (self._pins.problem, self._room.problem)),
+                *filter(None, (self._pins.problem, self._room.problem, self._keeping.problem)),
                 *self._circuits.reasons(),
             ],
             sources=[
@@ -368,6 +378,7 @@ class Daemon:
             connections_in_use=self._fetcher.connections_in_use,
             reads_waiting=self._telemetry.waiting(),
             open_files=self._filesystem.open_files,
+            keeper=self._keeping.describe(),
         )
 
     async def metrics(self) -> Answer:
@@ -465,6 +476,23 @@ class Daemon:
         self._stopping.set()
         return status
 
+    async def restart(self) -> Running:
+        self._refuse_when_stopping()
+        if self._keeping.kind == "none":
+            raise InUse(
+                "This daemon has no keeper that would start another one. `manta umount` what is mounted, and `manta mount` it again:"
+                " that starts a new daemon."
+            )
+        if len(self._mounts) and "fuse" not in self._keeping.kept:
+            raise InUse(
+                f"What is mounted would not survive a restart: nobody keeps this daemon's FUSE session ({Pyfuse3Session.name})."
+                " `manta umount` it first, then `manta restart`."
+            )
+        log.info("handing over to another daemon")
+        self.handing_over = True
+        self._stopping.set()
+        return Running(__version__, os.getpid())
+
     def _latest_access(self, access: Access) -> Access:
         return self._identity.latest(access)
 
@@ -516,7 +544,7 @@ def _error_of(group: BaseException) -> MantaError | None:
 
 
 def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
-    """Runs a daemon until it is stopped. Returns the exit code: 0, or 1 after saying what kept it from starting.
+    """Runs a daemon until it is stopped. Returns the exit code: 0, 1 after saying what kept it from starting, or RESTART.
 
     `ephemeral`: leave with the last mount. `ready_fd`: a descriptor to announce the start on; it is closed.
     """
@@ -526,13 +554,14 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
         config.make_instance_dir()
         with (
             contextlib.ExitStack() as end,
+            Keeping.from_environment() as keeping,
             Store(
                 config.cache.dir,
                 descriptors_max=descriptors.allowance(),
                 journal=config.instance_dir / "condemned.json",
             ) as store,
         ):
-            daemon = Daemon(config, store, ephemeral)
+            daemon = Daemon(config, store, ephemeral, keeping)
             # Outside of the store too: a disk may be slow to close it.
             watchdog = end.enter_context(Watchdog(daemon.abort))
             trio.run(daemon.run, ready, watchdog)
@@ -548,4 +577,4 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
         log.error("%s", error.message)
         ready.announce(error)
         return 1
-    return 0
+    return RESTART if daemon.handing_over else 0

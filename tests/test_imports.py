@@ -20,6 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "model": {"errors"},
     "config": {"errors"},
+    # Run by path, with nothing but the standard library. Who starts it takes its command line from it.
+    "keeper": set(),
     # The parts that know one thing each: the disk, the messages, the hub.
     "cache": {"errors", "model"},
     "wire": {"errors", "model"},
@@ -34,13 +36,14 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"errors", "model", "wire", "cache.digests", "hub.quota"},
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
     "operations": {
-        "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "telemetry", "wire.messages",
+        "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "keeper", "telemetry",
+        "wire.messages",
     },
-    "control": {"errors", "model", "config"},
-    "cli": {"errors", "model", "config", "control"},
+    "control": {"errors", "model", "config", "keeper"},
+    "cli": {"errors", "model", "config", "control", "keeper"},
     # The composition root, the fakes, and `python -m manta`.
     "daemon": {
-        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "telemetry",
+        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry",
     },
     "testing": {"errors", "model", "config", "cache", "wire", "fetch", "worker"},
     "__main__": {"cli"},

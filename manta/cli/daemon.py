@@ -1,31 +1,22 @@
-"""`manta daemon`: runs the daemon in this process, under systemd or Kubernetes, or started by `manta mount`."""
+"""`manta daemon`: runs the daemon in this process, under systemd or a keeper; or becomes its keeper, with the daemon as its child."""
 
 from __future__ import annotations
 
 import os
+import sys
 
-import manta
+from manta import keeper
 from manta.cli.invocation import Invocation
+from manta.control.client import is_kept
 
 
 def run(invocation: Invocation) -> int:
-    config = invocation.config
-    if invocation.arguments.ephemeral:
-        _leave_directory()
+    config, arguments = invocation.config, invocation.arguments
+    # A descriptor to be told on is what a program gives that has decided about the keeper itself.
+    if is_kept(config) and arguments.ready_fd is None and not arguments.unkept and not os.environ.get("NOTIFY_SOCKET"):
+        command = [sys.executable, *sys.orig_argv[1:]]
+        command = keeper.command_line(str(config.make_instance_dir()), command)
+        os.execv(command[0], command)
     from manta import daemon
 
-    return daemon.run(config, ephemeral=invocation.arguments.ephemeral, ready_fd=invocation.arguments.ready_fd)
-
-
-def _leave_directory() -> None:
-    """A daemon outlives the command that started it, whose directory must stay unmountable and removable.
-
-    The workers must still find this package where it was found by a relative path: in a checkout that is not installed.
-    """
-    path = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    package = os.path.dirname(os.path.dirname(os.path.abspath(manta.__file__)))
-    if package == os.getcwd():
-        path.append(package)
-    if path:
-        os.environ["PYTHONPATH"] = os.pathsep.join(path)
-    os.chdir("/")
+    return daemon.run(config, ephemeral=arguments.ephemeral, ready_fd=arguments.ready_fd)

@@ -50,6 +50,7 @@ examples:
   manta top                                            the same, live
   manta prefetch ORG/NAME                              fetch all of it now
   manta umount /mnt/gpt2
+  manta restart                                        a new daemon for the same mounts: after an upgrade
   manta doctor                                         what keeps Manta from working on this machine
 
 settings: flags, then MANTA_SECTION_FIELD and HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, then the TOML file, then
@@ -165,6 +166,20 @@ def build_parser() -> Parser:
     )
     _common(status)
 
+    restart = _command(
+        commands,
+        "restart",
+        "restart:restart",
+        "replace the running daemon, with its mounts in use",
+        "Has the daemon of this cache directory hand over to a new one, of the version that is installed now. What is mounted and open"
+        " stays valid; reads wait for a second. Refused where the mounts would not survive. systemd's ExecReload is this, with --no-wait.",
+        "  pip install --upgrade manta && manta restart",
+    )
+    restart.add_argument(
+        "--no-wait", action="store_true", help="return when the daemon has agreed, and not when the next one answers"
+    )
+    _common(restart)
+
     top = _command(
         commands,
         "top",
@@ -279,11 +294,13 @@ def build_parser() -> Parser:
         "daemon",
         "daemon:run",
         "run the daemon in the foreground (systemd, Kubernetes)",
-        "Runs the daemon of this cache directory until SIGTERM. Not needed by hand: manta mount starts one that ends with its last mount.",
+        "Runs the daemon of this cache directory until SIGTERM. Not needed by hand: manta mount starts one that ends with its last mount."
+        " For root it runs under a keeper, which holds the mounts and starts the daemon again when it crashes.",
         "  manta daemon --cache-dir /data/manta --set cache.size=500GiB\n"
         "  manta daemon --log-format json --metrics 127.0.0.1:9401",
     )
     daemon.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
+    daemon.add_argument("--unkept", action="store_true", help="without a keeper: mounts end with the daemon")
     daemon.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     daemon.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), help="what to log, on stderr (daemon.log_level)"

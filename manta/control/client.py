@@ -23,6 +23,8 @@ from typing import TypeVar
 
 import msgspec
 
+import manta
+from manta import keeper
 from manta.config import Config
 from manta.control.protocol import (
     ANSWER_BYTES_MAX,
@@ -36,6 +38,7 @@ from manta.control.protocol import (
     MountRequest,
     PrefetchRequest,
     Removal,
+    Running,
     Status,
     VerifyRequest,
 )
@@ -119,6 +122,14 @@ class Client:
     def shutdown(self) -> Status:
         """Unmounts everything and lets the daemon exit."""
         return self._ask("POST", "/v1/shutdown", Status, timeout_s=ANSWER_S)
+
+    def restart(self) -> Running:
+        """Has the daemon leave its mounts to the next one, which its keeper starts at once. Returns which one it was."""
+        return self._ask("POST", "/v1/restart", Running, timeout_s=ANSWER_S)
+
+    def running(self, *, timeout_s: float = ANSWER_S) -> Running:
+        """Which daemon answers, of whatever version it is."""
+        return self._ask("GET", "/v1/status", Running, timeout_s=timeout_s)
 
     def _ask(
         self,
@@ -331,19 +342,41 @@ def _spawn(config: Config, ready_fd: int) -> subprocess.Popen[bytes]:
             config.log_path.replace(config.log_path.with_name("daemon.log.1"))
     except FileNotFoundError:
         pass
+    command = [sys.executable, "-m", "manta", "daemon", "--ephemeral"]
+    for_ready = ("--ready-fd", str(ready_fd))
+    if is_kept(config):
+        command = keeper.command_line(str(config.instance_dir), command, *for_ready)
+    else:
+        command += for_ready
     log = os.open(config.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "manta", "daemon", "--ephemeral", "--ready-fd", str(ready_fd)],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             pass_fds=(ready_fd,),
             start_new_session=True,
-            env={**os.environ, **config.environment()},
+            # Both outlive this command, whose directory must stay unmountable and removable.
+            cwd="/",
+            env={**os.environ, **config.environment(), **_python_path()},
         )
     finally:
         os.close(log)
+
+
+def is_kept(config: Config) -> bool:
+    """Whether a daemon of this configuration, started here, has a keeper: only root can have a session that outlives it."""
+    return os.geteuid() == 0 and config.fuse.session != "pyfuse3"
+
+
+def _python_path() -> dict[str, str]:
+    """What makes a process find this package, in another directory, where it was found by a relative path: in a checkout."""
+    path = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    package = os.path.dirname(os.path.dirname(os.path.abspath(manta.__file__)))
+    if package == os.getcwd():
+        path.append(package)
+    return {"PYTHONPATH": os.pathsep.join(path)} if path else {}
 
 
 def _read_line(fd: int, deadline: float) -> str | None:
@@ -361,8 +394,17 @@ def _read_line(fd: int, deadline: float) -> str | None:
 
 
 def _end(process: subprocess.Popen[bytes], patience_s: float = 0.0) -> int:
-    """Waits for the end of a daemon that is of no use, helping after `patience_s`, so that it is not writing while we clean up."""
-    for helping, patience in ((None, patience_s), (process.terminate, END_S), (process.kill, END_S)):
+    """Waits for the end of a daemon that is of no use, helping after `patience_s`, so that it is not writing while we clean up.
+
+    `process` may be its keeper: told twice to end it kills the daemon, which would outlive it if the keeper itself were killed first.
+    """
+    steps = (
+        (None, patience_s),
+        (process.terminate, END_S),
+        (process.terminate, 2 * keeper.HURRY_S),
+        (process.kill, END_S),
+    )
+    for helping, patience in steps:
         if helping is not None:
             helping()
         try:

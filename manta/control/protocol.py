@@ -17,6 +17,7 @@ Sizes are bytes, rates bytes per second, times seconds since the epoch unless th
     POST   /v1/cache/rm     CacheSelection -> Removal
     POST   /v1/cache/gc     GcRequest      -> Removal
     POST   /v1/shutdown                  -> Status        unmounts everything and exits
+    POST   /v1/restart                   -> Running       exits, and leaves its mounts to the next daemon
     GET    /metrics                      -> text          every metric of the daemon, in Prometheus' format
 """
 
@@ -163,6 +164,15 @@ class Status(msgspec.Struct, frozen=True):
     connections_in_use: int = 0
     reads_waiting: int = 0
     open_files: int = 0
+    keeper: str = ""
+    """Who keeps the mounts for the next daemon, and what of them."""
+
+
+class Running(msgspec.Struct, frozen=True):
+    """Which daemon answered. Part of every version's `Status` too, so that a client of one version can follow a daemon to another."""
+
+    version: str
+    pid: int
 
 
 class PrefetchRequest(msgspec.Struct, frozen=True):

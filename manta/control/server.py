@@ -30,6 +30,7 @@ from manta.control.protocol import (
     MountRequest,
     PrefetchRequest,
     Removal,
+    Running,
     Status,
     VerifyRequest,
 )
@@ -78,6 +79,7 @@ class Service(Protocol):
     async def remove(self, selection: CacheSelection) -> Removal: ...
     async def collect(self, request: GcRequest) -> Removal: ...
     async def shut_down(self) -> Status: ...
+    async def restart(self) -> Running: ...
     async def metrics(self) -> Answer: ...
 
 
@@ -109,6 +111,7 @@ class ControlServer:
             ("POST", "/v1/cache/rm", CacheSelection, service.remove),
             ("POST", "/v1/cache/gc", GcRequest, service.collect),
             ("POST", "/v1/shutdown", None, service.shut_down),
+            ("POST", "/v1/restart", None, service.restart),
         ]
         self._routes = [(method, re.compile(pattern), body, call) for method, pattern, body, call in routes]
 

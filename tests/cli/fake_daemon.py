@@ -26,6 +26,7 @@ from manta.control.protocol import (
     Mount,
     MountRequest,
     Removal,
+    Running,
     Status,
 )
 from manta.errors import MantaError
@@ -93,6 +94,10 @@ class FakeDaemon:
     refusals: dict[str, list[MantaError]] = field(default_factory=dict)
     """By "METHOD /path": raised, one at each such request, before anything happens."""
     on_request: Callable[[Request], object] = lambda _: None
+    version: str = "0.1.0"
+    pid: int = field(default_factory=os.getpid)
+    next: tuple[str, int] = ("0.2.0", 1)
+    """The version and pid that it has after a restart."""
     raw: dict[str, bytes] = field(default_factory=dict)
     """By "METHOD /path": bytes to answer with, head included; b"" closes the connection."""
 
@@ -168,6 +173,10 @@ class FakeDaemon:
                 return self.status()
             case "POST", ["shutdown"]:
                 return self.status()
+            case "POST", ["restart"]:
+                before = Running(self.version, self.pid)
+                self.version, self.pid = self.next
+                return before
             case "POST", ["mounts"]:
                 return self._mount(msgspec.convert(body, MountRequest))
             case "POST", ["mounts", number, "bound"]:
@@ -207,8 +216,8 @@ class FakeDaemon:
 
     def status(self) -> Status:
         return Status(
-            version="0.1.0",
-            pid=os.getpid(),
+            version=self.version,
+            pid=self.pid,
             started=0.0,
             cache_dir="/the/cache",
             runtime_dir=str(self.socket_path.parent),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from manta.config import CacheConfig, Config, DaemonConfig
+from manta.config import CacheConfig, Config, DaemonConfig, FuseConfig
 from manta.control import client as module
 from manta.control.client import Client, connect, ensure_daemon, with_daemon
 from manta.control.protocol import (
@@ -25,11 +25,14 @@ from manta.control.protocol import (
     Job,
     MountRequest,
     PrefetchRequest,
+    Running,
     Status,
     VerifyRequest,
 )
 from manta.errors import Absent, CacheBroken, Corrupt, Denied, InUse, MantaError, NotRunning, Throttled, Unavailable
 from tests.cli.fake_daemon import COMMIT, FakeDaemon, blob
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's daemons are kept")
 
 
 @pytest.fixture
@@ -65,6 +68,8 @@ def test_every_call_asks_what_the_protocol_says(daemon: FakeDaemon) -> None:
     assert isinstance(client.verify(VerifyRequest()), Job)
     assert client.remove(CacheSelection(["org/name"])) == client.collect(GcRequest(5, dry_run=True))
     assert isinstance(client.shutdown(), Status)
+    assert client.restart() == Running("0.1.0", os.getpid())
+    assert client.running() == Running("0.2.0", 1)
     assert [str(request) for request in daemon.requests] == [
         "POST /v1/mounts",
         "POST /v1/mounts/1/bound",
@@ -80,6 +85,8 @@ def test_every_call_asks_what_the_protocol_says(daemon: FakeDaemon) -> None:
         "POST /v1/cache/rm",
         "POST /v1/cache/gc",
         "POST /v1/shutdown",
+        "POST /v1/restart",
+        "GET /v1/status",
     ]
     assert daemon.requests[0].body == {
         "target": "org/name",
@@ -152,9 +159,11 @@ def test_a_stuck_daemon_is_not_waited_for_longer_than_asked(daemon: FakeDaemon) 
 # Starting a daemon ---------------------------------------------------------------------------------------------------
 
 _SCRIPT = """#!{python} -IS
-# Stands in for `python -m manta daemon --ephemeral --ready-fd N`.
+# Stands in for `python -m manta daemon --ephemeral --ready-fd N`, and starts the real keeper where that is asked for.
 import json, os, socket, sys
-assert sys.argv[1:5] == ["-m", "manta", "daemon", "--ephemeral"], sys.argv
+if sys.argv[1] == "-S":
+    os.execv("{python}", ["python", *sys.argv[1:]])
+assert sys.argv[1:6] == ["-m", "manta", "daemon", "--ephemeral", "--ready-fd"], sys.argv
 ready = int(sys.argv[sys.argv.index("--ready-fd") + 1])
 place = sys.argv[0].rpartition("/")[0]
 with open(place + "/started", "a") as log:
@@ -269,6 +278,35 @@ def test_a_daemon_that_never_gets_ready_is_ended_at_the_deadline(config: Config,
     starter.does("import signal; signal.pause()")
     with pytest.raises(Unavailable, match="did not become ready in time"):
         ensure_daemon(config, deadline_s=0.5)
+
+
+@needs_root
+def test_a_kept_daemon_that_is_of_no_use_ends_with_its_keeper(
+    config: Config, starter: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "END_S", 0.2)
+    starter.does(
+        """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(place + "/stubborn", "w").write(f"{os.getpid()} {os.getppid()}")
+signal.pause()"""
+    )
+    with pytest.raises(Unavailable, match="did not become ready in time"):
+        ensure_daemon(config, deadline_s=1.0)
+    for pid in (starter.place / "stubborn").read_text().split():
+        assert not Path(f"/proc/{pid}").exists()
+    assert list(config.instance_dir.glob("keep.*")) == []
+
+
+@needs_root
+@pytest.mark.parametrize("session", ["auto", "pyfuse3"])
+def test_a_session_that_cannot_outlive_its_daemon_has_no_keeper(config: Config, starter: Starter, session: str) -> None:
+    starter.does(_SERVE)
+    ensure_daemon(replace(config, fuse=FuseConfig(session=session)))
+    environment = json.loads((starter.place / "started").read_text())
+    assert ("MANTA_KEEPER_PID" in environment) is (session == "auto")
+    assert environment.get("NOTIFY_SOCKET", "").startswith(f"{config.instance_dir}/keep." if session == "auto" else "")
 
 
 def test_a_cache_that_an_exiting_daemon_still_holds_is_waited_for(config: Config, starter: Starter) -> None:

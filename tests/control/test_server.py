@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import trio
 
-from manta.control import http
+from manta.control import http, protocol
 from manta.control.client import Client
 from manta.control.http import Answer
 from manta.control.protocol import (
@@ -42,6 +42,7 @@ MOUNT = Mount("1-a--b", "a/b", "main", "1" * 40, "tree", "/run/root/1-a--b", "/m
 JOB = Job("7", "prefetch", "running", "a/b@1", 3, 1, 100, 10, 5.0, [])
 BLOB = Blob("sha256-" + "0" * 64, 10, 5, False, True, False, 1.5, ["a/b@1/größe"])
 LISTING = CacheListing([BLOB], 5, 0)
+RUNNING = protocol.Running("1", 2)
 REMOVAL = Removal([BLOB], 5, ["a/c is pinned."])
 STATUS = Status(
     version="1",
@@ -136,6 +137,9 @@ class ScriptedService:
     async def shut_down(self) -> Status:
         return await self._say(STATUS, "shut_down")
 
+    async def restart(self) -> protocol.Running:
+        return await self._say(RUNNING, "restart")
+
     async def metrics(self) -> Answer:
         return await self._say(METRICS, "metrics")
 
@@ -195,6 +199,7 @@ CALLS: list[tuple[Callable[[Client], object], object, tuple[object, ...]]] = [
     (lambda c: c.remove(SELECTION), REMOVAL, ("remove", SELECTION)),
     (lambda c: c.collect(GcRequest(5, dry_run=True)), REMOVAL, ("collect", GcRequest(5, dry_run=True))),
     (lambda c: c.shutdown(), STATUS, ("shut_down",)),
+    (lambda c: c.restart(), RUNNING, ("restart",)),
 ]
 
 
@@ -214,6 +219,13 @@ async def test_metrics_are_served_as_they_are(tmp_path: Path) -> None:
         assert b"content-type: text/plain; version=0.0.4\r\n" in answer
         assert answer.endswith(b"\r\n\r\nmanta_mounts 1.0\n")
         assert r.service.calls == [("metrics",)]
+
+
+@pytest.mark.trio
+async def test_which_daemon_answers_is_part_of_its_status(tmp_path: Path) -> None:
+    async with running(tmp_path) as r:
+        assert await r.ask(r.client.running) == RUNNING
+        assert r.service.calls == [("status",)]
 
 
 def test_the_client_has_a_call_for_every_route(tmp_path: Path) -> None:
