@@ -42,14 +42,15 @@ from manta.control.protocol import (
     VerifyRequest,
 )
 from manta.control.server import ControlServer
-from manta.errors import Absent, MantaError, NotRunning, Unavailable
+from manta.errors import Absent, Corrupt, InUse, MantaError, NotRunning, Unavailable
 from manta.fetch.fetcher import Fetcher
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import WorkerPool
 from manta.fs.filesystem import Filesystem
-from manta.fuse.rootmount import RootMount, detach_stale, make
+from manta.fs.journal import Journal, NoJournal, Recovered
+from manta.fuse.rootmount import RootMount, detach_stale, first_of, make
 from manta.hub.catalog import Catalog
 from manta.hub.circuit import Circuits
 from manta.hub.huggingface import HuggingFaceHub
@@ -76,6 +77,10 @@ LINGER_SECONDS = 1.0
 
 DISK_SECONDS_MAX = 2.0
 """A disk that does not say in this time how much is free is left out of the metrics: they are looked at when disks fail."""
+
+
+KEPT = frozenset({"fuse", "journal"})
+"""What a keeper holds: the connection to the kernel, and what the next daemon must know."""
 
 
 class Daemon:
@@ -126,6 +131,7 @@ class Daemon:
         self._housekeeping: Housekeeping
         self._control: ControlServer
         self._root: RootMount
+        self._journal: Journal
         self._nursery: trio.Nursery
 
     # Life ------------------------------------------------------------------------------------------------------------
@@ -153,13 +159,18 @@ class Daemon:
                 owner=self._identity.access,
                 circuit=self._circuits.of(origin_of(self._hub.endpoint)),
             )
-            self._mounts = Mounts(catalog, self._store, None if self._direct else config.mount_root, self._mount_gone)
+            journal, recovered = await self._open_journal()
+            self._journal = journal
+            self._mounts = Mounts(
+                catalog, self._store, None if self._direct else config.mount_root, self._mount_gone, journal
+            )
             self._filesystem = Filesystem(
                 self._mounts.folder,
                 self,
                 self._telemetry,
                 fill=config.fetch.fill,
                 complete_bytes_max=config.fuse.complete_at_open,
+                journal=journal,
             )
             self._root = RootMount(
                 self._filesystem,
@@ -184,10 +195,11 @@ class Daemon:
             nursery.start_soon(self._identity.follow)
             listener = None
             try:
-                if not self._direct:
+                if not self._direct and (recovered is None or not await self._take_over(recovered)):
                     detach_stale(config.mount_root)
                     await make(config.mount_root)
                     await self._mount(config.mount_root)
+                    await self._have_it_kept()
                 listener = await self._control.listen()
                 nursery.start_soon(self._control.serve, listener)
                 nursery.start_soon(self._root.watch, self._drop_unbound)
@@ -199,10 +211,16 @@ class Daemon:
                 await self._until_stopped()
             finally:
                 self._watchdog.start()
-                if self._stopping.is_set() and not self.handing_over:
+                # Also where it fails in a way that nobody foresaw: the next one goes on.
+                leaving = self._survives and (self.handing_over or not self._stopping.is_set())
+                if not leaving:
                     self._keeping.stopping()
                 with trio.CancelScope(shield=True):
-                    await self._root.end(self._hurrying)
+                    if leaving:
+                        await self._root.leave()
+                    else:
+                        await self._root.end(self._hurrying)
+                        await self._let_go()
                     if listener is not None:
                         await listener.aclose()
                         config.socket_path.unlink(missing_ok=True)
@@ -213,7 +231,7 @@ class Daemon:
         while not self._stopping.is_set():
             self._stirred = trio.Event()
             with trio.move_on_after(LINGER_SECONDS) as idle:
-                await _any_of(self._stopping, self._stirred)
+                await first_of(self._stopping, self._stirred)
             if idle.cancelled_caught and self._ephemeral and not self._busy:
                 log.info("nothing is mounted any more: leaving")
                 self._stopping.set()
@@ -251,9 +269,81 @@ class Daemon:
 
     # The FUSE mount --------------------------------------------------------------------------------------------------
 
+    async def _open_journal(self) -> tuple[Journal, Recovered | None]:
+        """What the next daemon will know; and what the one before left, where that can be taken over."""
+        left = self._keeping.inherited
+        if left.keys() >= KEPT:
+            try:
+                return Journal.open(left["journal"])
+            except Corrupt as e:
+                log.error("%s", e.message)
+        await self._let_go()
+        for name in KEPT & left.keys():
+            os.close(left[name])
+        config = self._config.fuse
+        if self._direct or self._keeping.kind == "none" or config.session == "pyfuse3" or "resend" in config.without:
+            return NoJournal(), None
+        return Journal.create(), None
+
+    async def _take_over(self, recovered: Recovered) -> bool:
+        """Goes on with the mounts of the daemon before. False where that cannot be: they have ended then."""
+        fd = self._keeping.inherited["fuse"]
+
+        async def restore() -> None:
+            await self._mounts.restore(recovered, self._identity.of)
+            self._filesystem.recover(recovered)
+
+        try:
+            await self._root.take_over(self._config.mount_root, self._nursery, fd, recovered.session or b"", restore)
+        except MantaError as e:
+            log.error("the mounts of the daemon before end: %s", e.message)
+            os.close(fd)
+            with contextlib.suppress(MantaError):
+                await self._keeping.remove("fuse")
+            self._journal.rewrite()
+            return False
+        self._telemetry.metrics.announce(self._root.session)
+        log.info("took over %d mounts and %d open files", len(self._mounts), self._filesystem.open_files)
+        return True
+
     async def _mount(self, directory: Path) -> None:
         await self._root.mount(directory, self._nursery)
         self._telemetry.metrics.announce(self._root.session)
+
+    async def _have_it_kept(self) -> None:
+        """Has the keeper hold what the next daemon needs; where it does not, the status says so."""
+        if self._root.survival_refusal or self._keeping.kind == "none":
+            return
+        fd, state = self._root.state
+        self._journal.session(state)
+        try:
+            await self._keeping.deposit("journal", self._journal.fd)
+            await self._keeping.deposit("fuse", fd)
+        except Unavailable as e:
+            log.warning("%s", e.message)
+
+    async def _let_go(self) -> None:
+        """Has the keeper forget what it holds: nobody is to take it over."""
+        for name in sorted(KEPT & self._keeping.kept):
+            try:
+                await self._keeping.remove(name)
+            except Unavailable as e:
+                log.warning("%s", e.message)
+
+    @property
+    def _survives(self) -> bool:
+        return not self._survival_refusal
+
+    @property
+    def _survival_refusal(self) -> str:
+        """Why the mounts end with this daemon, as a clause or a sentence; empty where they do not."""
+        if refusal := self._root.survival_refusal:
+            return refusal
+        if self._keeping.kind == "none":
+            return "no keeper holds them (`manta daemon --unkept`, or a supervisor that keeps no descriptors)"
+        if not self._keeping.kept >= KEPT:
+            return self._keeping.problem or "the keeper does not hold them yet"
+        return self._journal.lost or ""
 
     def _unmounted(self) -> None:
         """The filesystem was unmounted by somebody else, or the kernel has ended the connection."""
@@ -336,6 +426,9 @@ class Daemon:
             endpoint=self._hub.endpoint,
             offline=self._config.hub.offline,
             fuse=self._root.session,
+            fuse_why=self._root.why,
+            native_refusal=self._root.native_refusal,
+            survival_refusal=self._survival_refusal,
             ephemeral=self._ephemeral,
             mounts=[self._mounts.describe(mounted, self._failures, rates) for mounted in self._mounts],
             transfers=[
@@ -483,10 +576,9 @@ class Daemon:
                 "This daemon has no keeper that would start another one. `manta umount` what is mounted, and `manta mount` it again:"
                 " that starts a new daemon."
             )
-        if len(self._mounts) and "fuse" not in self._keeping.kept:
+        if len(self._mounts) and (refusal := self._survival_refusal):
             raise InUse(
-                f"What is mounted would not survive a restart: nobody keeps this daemon's FUSE session ({Pyfuse3Session.name})."
-                " `manta umount` it first, then `manta restart`."
+                f"What is mounted would not survive a restart: {refusal.rstrip('.')}. `manta umount` it first, then `manta restart`."
             )
         log.info("handing over to another daemon")
         self.handing_over = True
@@ -499,18 +591,6 @@ class Daemon:
     def _refuse_when_stopping(self) -> None:
         if self._stopping.is_set():
             raise NotRunning("The daemon is shutting down. Try again in a moment.")
-
-
-async def _any_of(*events: trio.Event) -> None:
-    """Returns when one of them is set."""
-    async with trio.open_nursery() as waiting:
-
-        async def until(event: trio.Event) -> None:
-            await event.wait()
-            waiting.cancel_scope.cancel()
-
-        for event in events:
-            waiting.start_soon(until, event)
 
 
 # Start -------------------------------------------------------------------------------------------------------------------

@@ -32,13 +32,28 @@ def _say_daemon(console: Console, seen: Status) -> None:
     up = duration(max(0.0, time.time() - seen.started))
     workers = plural(seen.workers, "worker")
     console.say(
-        f"daemon   {seen.version}, pid {seen.pid}, up {up}, {workers}, fuse session {seen.fuse}{leaves}",
+        f"daemon   {seen.version}, pid {seen.pid}, up {up}, {workers}{leaves}",
+        *_fuse(seen),
         f"hub      {seen.endpoint}{' (offline: only what is cached)' if seen.offline else ''}",
         f"cache    {seen.cache_dir}: {size(seen.cache_bytes)}{limit}, {size(seen.disk_free)} free on its disk",
         f"origin   {rate(seen.origin_rate)} now, {size(seen.origin_bytes)} since the daemon started",
-        *([f"keeper   {seen.keeper}"] if seen.keeper else []),
         f"readers  {size(seen.read_bytes)} since the daemon started, beside what the kernel's page cache served",
     )
+
+
+def _fuse(seen: Status) -> list[str]:
+    """Which session it is, and what it can do."""
+    if not seen.fuse:
+        return []
+    native = f"through the daemon: {seen.native_refusal}" if seen.native_refusal else "by the kernel itself"
+    survival = (
+        f"end with it: {seen.survival_refusal}" if seen.survival_refusal else f"outlive it (keeper: {seen.keeper})"
+    )
+    return [
+        f"fuse     {seen.fuse} session ({seen.fuse_why})",
+        f"         complete files are read {native}",
+        f"         mounts {survival}",
+    ]
 
 
 def _say_mounts(console: Console, mounts: list[Mount]) -> None:

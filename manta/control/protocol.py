@@ -164,6 +164,12 @@ class Status(msgspec.Struct, frozen=True):
     connections_in_use: int = 0
     reads_waiting: int = 0
     open_files: int = 0
+    fuse_why: str = ""
+    """Why it is this FUSE session."""
+    native_refusal: str = ""
+    """Why the kernel does not read cached files by itself; empty where it does."""
+    survival_refusal: str = ""
+    """Why mounts would end with the daemon; empty where they outlive it."""
     keeper: str = ""
     """Who keeps the mounts for the next daemon, and what of them."""
 

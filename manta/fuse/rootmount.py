@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import select
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -154,14 +154,18 @@ class RootMount:
         session = self._mounted_session(directory)
         await self._begin(session, directory, nursery, resend=False)
 
-    async def take_over(self, directory: Path, nursery: trio.Nursery, fd: int, state: bytes) -> None:
-        """As `mount`, with the connection of a daemon that is gone: see `KernelSession.adopt`. Raises Corrupt, Unavailable."""
+    async def take_over(
+        self, directory: Path, nursery: trio.Nursery, fd: int, state: bytes, restore: Callable[[], Awaitable[None]]
+    ) -> None:
+        """As `mount`, with the connection of a daemon that is gone: see `KernelSession.adopt`. `restore` makes the filesystem what that
+        daemon showed, before anybody is served. Raises Corrupt, Unavailable, before that; then `fd` is still the caller's."""
         entry = mounted_at(str(directory))
         if entry is None or not entry.is_manta:
             raise Unavailable(f"{directory} is not mounted any more.")
         session = KernelSession(self._filesystem, self._refused, without=self._without)
         session.adopt(directory, fd, state)
         self.why = "taken over from the daemon before"
+        await restore()
         await self._begin(session, directory, nursery, resend=True)
 
     async def _begin(self, session: Session, directory: Path, nursery: trio.Nursery, *, resend: bool) -> None:
@@ -184,20 +188,20 @@ class RootMount:
         try:
             with self._serving:
                 await session.serve(resend=resend)
-            if not self._left:
+            if not self._serving.cancelled_caught:
+                self._close()
                 self._unmounted()
         finally:
-            # In this thread on purpose: libfuse's session is not to be touched from two. Its umount2 is lazy and does not wait.
-            if not self._left:
-                session.close()
-                self._filesystem.close()
-            self._session = None
-            self._device = ""
+            # Cancelled, it is still mounted: `leave` or `end` says what becomes of it.
             self._ended.set()
 
-    @property
-    def serving(self) -> bool:
-        return self._session is not None
+    def _close(self) -> None:
+        """In the trio thread on purpose: libfuse's session is not to be touched from two. Its umount2 is lazy and does not wait."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+            self._device = ""
+            self._filesystem.close()
 
     @property
     def state(self) -> tuple[int, bytes]:
@@ -206,13 +210,12 @@ class RootMount:
         return self._session.fd, self._session.state
 
     async def leave(self) -> None:
-        """Stops serving and leaves the mount to the next daemon: who reads waits for that one."""
+        """Stops serving and leaves the mount to the next daemon: who reads waits for that one. Only where `survival_refusal` is empty."""
         assert isinstance(self._session, KernelSession)
-        session = self._session
         self._left = True
         self._serving.cancel()
         await self._ended.wait()
-        session.leave()
+        self._session.leave()
 
     async def end(self, hurried: trio.Event) -> None:
         """Unmounts everything, lazily where it is busy: readers keep what they have open for UNMOUNT_SECONDS, or until `hurried`."""
@@ -221,16 +224,10 @@ class RootMount:
         if self._device:
             _unmount_all(self._device)
         with trio.move_on_after(UNMOUNT_SECONDS):
-            async with trio.open_nursery() as waiting:
-
-                async def until(event: trio.Event) -> None:
-                    await event.wait()
-                    waiting.cancel_scope.cancel()
-
-                waiting.start_soon(until, self._ended)
-                waiting.start_soon(until, hurried)
+            await first_of(self._ended, hurried)
         if not self._ended.is_set():
             self.abort()
+        self._close()
 
     def abort(self) -> None:
         """Takes the filesystem away whoever uses it: they get errors now. Any thread, so that the watchdog can. Nothing after `leave`."""
@@ -271,6 +268,18 @@ class RootMount:
                     await trio.lowlevel.wait_readable(poll.fileno())
                     poll.poll(0)
                 changed()
+
+
+async def first_of(*events: trio.Event) -> None:
+    """Returns when one of them is set."""
+    async with trio.open_nursery() as waiting:
+
+        async def until(event: trio.Event) -> None:
+            await event.wait()
+            waiting.cancel_scope.cancel()
+
+        for event in events:
+            waiting.start_soon(until, event)
 
 
 def _unmount_all(mounted: str) -> None:

@@ -191,6 +191,7 @@ class _Content(msgspec.Struct, frozen=True):
     created: float
     """Seconds since the epoch."""
     confirmed: bool
+    seen: bool = False
 
 
 @dataclass(eq=False)
@@ -367,7 +368,9 @@ class Mounts:
         """Ends the mounts whose binding is gone. `bound_roots`: the directories of our filesystem that mountinfo shows bound."""
         for mounted in self:
             if mounted.id in bound_roots:
-                mounted.seen = True
+                if not mounted.seen:
+                    mounted.seen = True
+                    self._record(mounted)
             elif mounted.seen or (not mounted.confirmed and now - mounted.created > BIND_SECONDS_MAX):
                 self.remove(mounted.id)
 
@@ -381,6 +384,7 @@ class Mounts:
             mounted.directory,
             time.time() - (trio.current_time() - mounted.created),
             mounted.confirmed,
+            mounted.seen,
         )
         self._journal.mounted(mounted.id, msgspec.json.encode(content))
 
@@ -435,6 +439,7 @@ class Mounts:
             trio.current_time() - age,
             content.directory,
             content.confirmed,
+            content.seen,
         )
 
     @staticmethod
