@@ -12,6 +12,7 @@ from manta.errors import CacheBroken, MantaError
 from manta.fetch.readahead import Readahead
 from manta.fetch.scheduler import Priority
 from manta.fetch.transfer import Transfer
+from manta.model.buffer import page_aligned
 from manta.model.extents import Extent
 from manta.telemetry.events import Opener, ReadWait, Telemetry
 
@@ -19,7 +20,7 @@ READ_BYTES_MAX = 1024 * 1024
 """The largest read the kernel sends: 256 pages."""
 
 # One buffer for all reads that the page cache answers: a fresh MiB for each would cost more in page faults than the copy itself.
-_scratch = bytearray(READ_BYTES_MAX)
+_scratch = page_aligned(READ_BYTES_MAX)
 
 
 class Handle(Protocol):
@@ -157,7 +158,7 @@ def _from_page_cache(transfer: Transfer, extent: Extent) -> memoryview | None:
     """None where it would have to wait for the disk: a slow one never holds the thread that serves everybody."""
     length = len(extent)
     # A short answer would tell the kernel that the file ends there, so what is larger gets a buffer of its own.
-    view = memoryview(_scratch)[:length] if length <= READ_BYTES_MAX else memoryview(bytearray(length))
+    view = _scratch[:length] if length <= READ_BYTES_MAX else page_aligned(length)
     with transfer.blob.descriptor() as fd:
         try:
             if os.preadv(fd, [view], extent.start, os.RWF_NOWAIT) == length:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import h11
 
+from manta.model.buffer import page_aligned
+
 HEAD_BYTES_MAX = 64 * 1024
 """Bound on the head of an answer. A redirect to a signed URL is at most a few KiB."""
 
@@ -29,7 +31,7 @@ the kernel gathers 512 KiB first 0.37; spliced from socket to file and read back
 """
 
 # One each for all connections: what is in them is given away before anything else is received. Fresh memory costs more than the copy.
-_body_buffer = memoryview(bytearray(BODY_READ_BYTES))
+_body_buffer = page_aligned(BODY_READ_BYTES)
 _head_buffer = memoryview(bytearray(16 * 1024))
 
 _CLOSED_EARLY = "closed the connection before the body was complete"
