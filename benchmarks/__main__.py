@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
 
-from benchmarks import chart, cold, faults, load, loopback, machine, metadata, parallel, ttfb
+from benchmarks import chart, cold, faults, load, loopback, machine, metadata, parallel, survive, ttfb, warm
 from benchmarks.report import Report, encode
 from benchmarks.rig import REPOSITORY
 from manta.errors import MantaError
@@ -28,6 +28,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "faults": faults,
     "metadata": metadata,
     "loopback": loopback,
+    "warm": warm,
+    "survive": survive,
 }
 
 MISSED = 1

@@ -1,7 +1,8 @@
-"""The programs that load a model as users do, here and only here: safetensors' load_file, and huggingface_hub's download. Run by `load` as
+"""The programs that load a model as users do, here and only here: with safetensors, and huggingface_hub's download. Run as
 
-    python benchmarks/loaders.py load FILE ...
-    python benchmarks/loaders.py download REPO
+    python -m benchmarks.loaders load FILE ...                  each file's tensors at once
+    python -m benchmarks.loaders tensors FILE [--no-digest]     one tensor after the other, of which none is kept
+    python -m benchmarks.loaders download REPO
 
 with the virtual environment's packages. Times are taken inside and leave the imports out, which are the same for all. Each prints one
 JSON object. With torch installed, load_file is torch's; every tensor is touched either way, since torch maps the file and reads later.
@@ -57,6 +58,26 @@ def load(paths: list[str]) -> dict[str, object]:
     return {**result, "framework": framework, **used}
 
 
+def tensors(path: str, *, digested: bool) -> dict[str, object]:
+    """Seconds from open to a copy of the last tensor in memory. In numpy: what differs from torch is only who allocates."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    count = size = 0
+    began = time.monotonic()
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            tensor = file.get_tensor(name)
+            count += 1
+            size += tensor.nbytes
+            if digested:
+                digest.update(name.encode())
+                digest.update(memoryview(tensor.view("u1")).cast("B"))
+    ended = time.monotonic()
+    told = {"digest": digest.hexdigest()} if digested else {}
+    return {"began": began, "ended": ended, "bytes": size, "tensors": count, **told, **usage()}
+
+
 def download(repo: str) -> dict[str, object]:
     """Seconds of one snapshot_download with its defaults, into the cache that the environment names, and the bytes of the largest file."""
     from huggingface_hub import snapshot_download
@@ -72,10 +93,23 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="loaders.py")
     programs = parser.add_subparsers(dest="program", required=True)
     programs.add_parser("load").add_argument("paths", nargs="+")
+    program = programs.add_parser("tensors")
+    program.add_argument("path")
+    program.add_argument("--no-digest", action="store_true")
     programs.add_parser("download").add_argument("repo")
     options = parser.parse_args(arguments)
-    print(json.dumps(load(options.paths) if options.program == "load" else download(options.repo)))
+    print(json.dumps(_run(options)))
     return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, object]:
+    match options.program:
+        case "load":
+            return load(options.paths)
+        case "tensors":
+            return tensors(options.path, digested=not options.no_digest)
+        case _:
+            return download(options.repo)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,21 @@ find, stat and open over a repo of many files, beside the same over a native dir
 find lists everything with its size; stat asks for each name without a listing. "first": a daemon that was just started has asked the hub
 for the tree. "again": the kernel knows what it was told before. "dropped": it was made to forget that, the daemon knows the tree.
 "restarted": another daemon, which has the tree in its cache. Then files are opened and closed: small ones and large ones, of which nothing
-is cached and which are cached whole. None of that may ask the hub for anything but the tree's pages.
+is cached and which are cached whole. None of that may ask the hub for anything but the tree's pages, with one exception: the kernel session
+fetches a small file (`fuse.complete_at_open`) when it is opened, so opening small files that are not cached is fetching them, and has
+no goal there. The large ones must be larger than that (--size), or this measures the same twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.report import Chart, Goal, Report, Row, median, quantile, ratio
 from benchmarks.rig import REPO, Mount, Rig, count, drop_page_cache, rig_options
-from manta.control.protocol import PrefetchRequest
-from manta.errors import Corrupt, Unavailable
+from manta.errors import Corrupt
 
 SUMMARY = "find, stat and open over 10,000 files, beside a native directory"
 PROGRAMS = ("ip", "tc", "nsenter", "find", "fusermount3")
@@ -35,17 +35,19 @@ AGAIN = 5
 """Times that what the kernel has in memory is looked at; the median counts."""
 PAGE_ENTRIES = 1000
 """Entries in one page of the hub's tree."""
-PREFETCH_TIMEOUT_S = 300
 
-FIND_RATIO_MAX = 8.0
-"""The daemon is asked for each listing, since pyfuse3 has no way to let the kernel keep them; the native one is a loop in the kernel."""
+COLD_SMALL = "small, not cached"
+
+FIND_RATIO_MAX = {"kernel": 2.0, "pyfuse3": 8.0}
+"""By session. The kernel session lets the kernel keep listings, so that its find is a loop in the kernel, as the native one is. pyfuse3 has
+no way to do that: the daemon is asked for each."""
 STAT_RATIO_MAX = 2.0
 """Names and attributes are the kernel's for a day: the daemon is not asked."""
 OPENS_MIN = 1000.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    rig_options(parser, size="32MiB")
+    rig_options(parser, size="96MiB")
     parser.add_argument(
         "--files", type=count, default=10_000, help="in the repo, besides the large ones (default: 10000)"
     )
@@ -65,16 +67,18 @@ def run(options: argparse.Namespace) -> Report:
         run_.walk("native", "again", native, None)
         cache = rig.folder / "cache"
         with rig.mounted(cache) as mount:
+            session = mount.session
             pages = rig.requests()
             run_.walk("mount", "first", mount.directory, mount)
             run_.walk("mount", "again", mount.directory, mount)
             drop_page_cache()
             run_.walk("mount", "dropped", mount.directory, mount)
-            run_.open("small, not cached", mount, opened)
             run_.open("large, not cached", mount, large)
             besides = sum(rig.requests().values()) - sum(pages.values())
+            run_.open(COLD_SMALL, mount, opened)
+            fetched = sum(rig.requests().values()) - sum(pages.values()) - besides
             for folder in (OPENED, LARGE):
-                _prefetch(mount, folder)
+                rig.prefetch(mount, f"{REPO}/{folder}")
             run_.open("small, cached", mount, opened)
             run_.open("large, cached", mount, large)
         with rig.mounted(cache) as mount:
@@ -84,9 +88,14 @@ def run(options: argparse.Namespace) -> Report:
     run_.conclude(
         pages=pages.get("tree", 0),
         pages_due=math.ceil((len(sizes) + len(folders)) / PAGE_ENTRIES),
-        besides=besides,
+        besides=besides if session == "kernel" else besides + fetched,
         again=again,
+        session=session,
     )
+    if fetched:
+        run_.report.notes.append(
+            f"the {session} session fetches a small file when it is opened: {fetched} requests to the hub for {len(opened)} files"
+        )
     return run_.report
 
 
@@ -153,14 +162,18 @@ class _Run:
         }
         self.report.table.append(row)
 
-    def conclude(self, *, pages: int, pages_due: int, besides: int, again: int) -> None:
+    def conclude(self, *, pages: int, pages_due: int, besides: int, again: int, session: str) -> None:
         def compared(state: str, program: str) -> float:
             return ratio(self._seconds["mount", state, program], self._native("again", program))
 
         self.report.goals = [
-            Goal("find again / native", compared("again", "find"), "<=", FIND_RATIO_MAX),
+            Goal("find again / native", compared("again", "find"), "<=", FIND_RATIO_MAX[session]),
             Goal("stat again / native", compared("again", "stat"), "<=", STAT_RATIO_MAX),
-            *(Goal(f"opens per second: {what}", rate, ">=", OPENS_MIN) for what, rate in self._opens.items()),
+            *(
+                Goal(f"opens per second: {what}", rate, ">=", OPENS_MIN)
+                for what, rate in self._opens.items()
+                if session != "kernel" or what != COLD_SMALL
+            ),
             Goal("requests for the tree, beyond its pages", pages - pages_due, "==", 0),
             Goal("requests to the hub for find, stat, and open of what is not cached", besides, "==", 0),
             Goal("requests for the tree by a daemon that was restarted", again, "==", 0),
@@ -179,15 +192,3 @@ class _Run:
         path = self._rig.folder / f"names-{len(names)}"
         path.write_text("\n".join(names))
         return str(path)
-
-
-def _prefetch(mount: Mount, folder: str) -> None:
-    job = mount.client.prefetch(PrefetchRequest(f"{REPO}/{folder}"))
-    deadline = time.monotonic() + PREFETCH_TIMEOUT_S
-    while job.state == "running" and time.monotonic() < deadline:
-        time.sleep(0.1)
-        job = mount.client.job(job.id)
-    if job.state != "done":
-        raise Unavailable(
-            f"{folder} could not be prefetched in {PREFETCH_TIMEOUT_S} s ({job.state}): {job.problems[:1]}"
-        )

@@ -6,8 +6,10 @@ with the standard library alone, so that starting is quick and nothing else is i
 to the last byte, on the monotonic clock that all processes share. Each prints one JSON object; `probe` one per line of its input.
 
     sequential PATH --block BYTES [--no-digest]        one read after the other on one descriptor
-    random PATH --block BYTES --threads N --seed S     every block once in random order, N threads on one descriptor
-    mapped PATH --block BYTES                          mmap, from start to end
+    random PATH --block BYTES --threads N --seed S [--no-digest]
+                                                       every block once in random order, N threads on one descriptor
+    mapped PATH --block BYTES [--no-digest]            mmap, from start to end; without a digest each block is copied
+    resident PATH ...                                  what of each file is in the page cache, by cachestat
     probe --length BYTES                               reads "OFFSET PATH" lines; opens, reads at the offset, closes
     download PATH -- COMMAND ...                       runs a command that writes PATH, and measures that
     find PATH                                          the program find over a folder: names, kinds and sizes of all below it
@@ -21,6 +23,7 @@ which does not depend on the order of reading (`blocks_digest` says what it must
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import mmap
@@ -32,6 +35,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+
+SYS_CACHESTAT = 451
+"""The number is the same on every architecture; Linux 6.5 and later."""
 
 
 def blocks_digest(blocks: Iterable[bytes | memoryview]) -> str:
@@ -58,14 +64,14 @@ def sequential(path: str, block: int, *, digested: bool) -> dict[str, object]:
     return {"began": began, "first": first, "ended": ended, "bytes": size, **told}
 
 
-def shuffled(path: str, block: int, threads: int, seed: int) -> dict[str, object]:
+def shuffled(path: str, block: int, threads: int, seed: int, *, digested: bool) -> dict[str, object]:
     began = time.monotonic()
     fd = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
         order = list(range(-(-size // block)))
         random.Random(seed).shuffle(order)
-        digests = bytearray(32 * len(order))
+        digests = bytearray(32 * len(order)) if digested else None
         errors: list[BaseException] = []
         # next() on one shared iterator of a list is a single step under the interpreter lock.
         queue = iter(order)
@@ -82,11 +88,12 @@ def shuffled(path: str, block: int, threads: int, seed: int) -> dict[str, object
         os.close(fd)
     if errors:
         raise errors[0]
-    return {"began": began, "ended": ended, "bytes": size, "digest": hashlib.sha256(digests).hexdigest()}
+    told = {"digest": hashlib.sha256(digests).hexdigest()} if digests is not None else {}
+    return {"began": began, "ended": ended, "bytes": size, **told}
 
 
 def _read_blocks(
-    fd: int, size: int, block: int, queue: Iterator[int], digests: bytearray, errors: list[BaseException]
+    fd: int, size: int, block: int, queue: Iterator[int], digests: bytearray | None, errors: list[BaseException]
 ) -> None:
     buffer = memoryview(bytearray(block))
     try:
@@ -99,13 +106,15 @@ def _read_blocks(
                 if not count:
                     raise OSError(f"the file ended at {offset + have} of {size}")
                 have += count
-            digests[32 * number : 32 * number + 32] = hashlib.sha256(buffer[:wanted]).digest()
+            if digests is not None:
+                digests[32 * number : 32 * number + 32] = hashlib.sha256(buffer[:wanted]).digest()
     except BaseException as error:  # every kind: the main thread must not report a success
         errors.append(error)
 
 
-def mapped(path: str, block: int) -> dict[str, object]:
+def mapped(path: str, block: int, *, digested: bool) -> dict[str, object]:
     digest = hashlib.sha256()
+    buffer = memoryview(bytearray(0 if digested else block))
     began = time.monotonic()
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -113,11 +122,44 @@ def mapped(path: str, block: int) -> dict[str, object]:
         with mmap.mmap(fd, size, prot=mmap.PROT_READ) as view, memoryview(view) as bytes_:
             for start in range(0, size, block):
                 with bytes_[start : start + block] as part:
-                    digest.update(part)
+                    if digested:
+                        digest.update(part)
+                    else:
+                        buffer[: len(part)] = part
     finally:
         os.close(fd)
     ended = time.monotonic()
-    return {"began": began, "ended": ended, "bytes": size, "digest": digest.hexdigest()}
+    told = {"digest": digest.hexdigest()} if digested else {}
+    return {"began": began, "ended": ended, "bytes": size, **told}
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class _CacheStat(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted"))
+
+
+def resident(paths: list[str]) -> dict[str, object]:
+    """Bytes of page cache that belong to each file itself. Raises OSError (ENOSYS before Linux 6.5).
+
+    Not mincore: that looks through a mapping, which for a file that FUSE passes through is the backing file's, and would count it twice.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = []
+    began = time.monotonic()
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            whole, told = _Range(0, 0), _CacheStat()
+            if libc.syscall(SYS_CACHESTAT, fd, ctypes.byref(whole), ctypes.byref(told), 0):
+                error = ctypes.get_errno()
+                raise OSError(error, f"cachestat: {os.strerror(error)}", path)
+        finally:
+            os.close(fd)
+        found.append(told.cache * mmap.PAGESIZE)
+    return {"began": began, "ended": time.monotonic(), "resident": found}
 
 
 def probe(line: str, length: int) -> dict[str, object]:
@@ -186,12 +228,12 @@ def main(arguments: list[str]) -> int:
         program = programs.add_parser(name)
         program.add_argument("path")
         program.add_argument("--block", type=int, required=True)
-        if name == "sequential":
-            program.add_argument("--no-digest", action="store_true")
+        program.add_argument("--no-digest", action="store_true")
         if name == "random":
             program.add_argument("--threads", type=int, required=True)
             program.add_argument("--seed", type=int, required=True)
     programs.add_parser("probe").add_argument("--length", type=int, required=True)
+    programs.add_parser("resident").add_argument("paths", nargs="+")
     program = programs.add_parser("download")
     program.add_argument("path")
     program.add_argument("command", nargs="+")
@@ -207,7 +249,8 @@ def main(arguments: list[str]) -> int:
         for line in sys.stdin:
             print(json.dumps(probe(line, options.length)), flush=True)
         return 0
-    print(json.dumps({**usage(), **_run(options)}))
+    found = _run(options)
+    print(json.dumps({**usage(), **found}))
     return 0
 
 
@@ -216,9 +259,11 @@ def _run(options: argparse.Namespace) -> dict[str, object]:
         case "sequential":
             return sequential(options.path, options.block, digested=not options.no_digest)
         case "random":
-            return shuffled(options.path, options.block, options.threads, options.seed)
+            return shuffled(options.path, options.block, options.threads, options.seed, digested=not options.no_digest)
         case "mapped":
-            return mapped(options.path, options.block)
+            return mapped(options.path, options.block, digested=not options.no_digest)
+        case "resident":
+            return resident(options.paths)
         case "download":
             return download(options.path, options.command)
         case "find":

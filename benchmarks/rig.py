@@ -33,17 +33,20 @@ from typing import Any, Self
 from benchmarks import readers, scratch
 from benchmarks.origin import file_url
 from benchmarks.report import MEGABYTE, ratio
-from benchmarks.sampler import GroupUsage, ProcessUsage, Sampler, role
+from benchmarks.sampler import GroupUsage, ProcessUsage, Sampler, command_line, role
 from manta.config import CacheConfig, Config, DaemonConfig, parse_size
 from manta.control.client import Client
+from manta.control.protocol import PrefetchRequest
 from manta.errors import Corrupt, Invalid, MantaError, Unavailable
 from manta.testing import netns
-from manta.testing.hub import HubProcess, HubSpec, RepoSpec, Safetensors, Settings, Tensor
+from manta.testing.hub import HubProcess, HubSpec, RepoSpec, Safetensors, Settings, Tensor, Text
 from manta.testing.hub.files import read_spec
 from manta.testing.hub.traffic import BlobTraffic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REPO = "bench/model"
+ANCHOR = "bench/anchor"
+"""A repo of one small file: what keeps a daemon from leaving between two mounts, if that is wanted."""
 
 FILE_SIZE_MIN = 1024 * 1024
 """A benchmark of less measures nothing but its own start."""
@@ -62,16 +65,32 @@ UNLIMITED_RATE = 400_000_000
 QUIET_S = 0.15
 """The hub is idle when it has had no request in flight for this long: longer than the daemon may ponder between two."""
 QUIET_TIMEOUT_S = 60
+PREFETCH_TIMEOUT_S = 300
+LOG_LINES = 40
+"""Of each log, that an error shows."""
 EXIT_TIMEOUT_S = 20
 """How long an ephemeral daemon may take to exit after its last umount."""
+
+BOTH = "both"
+"""Of --fuse: one session and then the other, in the same run."""
+SESSIONS = ("kernel", "pyfuse3")
 
 _READER = (sys.executable, "-S", "-E", "-P", readers.__file__)
 
 CURL_REPORT = '{"seconds": %{time_total}, "first_byte_s": %{time_starttransfer}, "bytes": %{size_download}}'
 
 
-def rig_options(parser: argparse.ArgumentParser, *, size: str, rate: int = netns.GIGABIT) -> None:
-    """The options of every benchmark that runs on a rig, with its own defaults of bytes and bits per second."""
+def rig_options(
+    parser: argparse.ArgumentParser,
+    *,
+    size: str,
+    rate: int = netns.GIGABIT,
+    fuse: Sequence[str] = ("auto", *SESSIONS),
+) -> None:
+    """The options of every benchmark that runs on a rig, with its own defaults of bytes and bits per second.
+
+    `fuse`: the sessions that it can be run with, its default first.
+    """
     parser.add_argument("--size", type=file_size, default=parse_size(size), help=f"of a file (default: {size})")
     parser.add_argument(
         "--rate",
@@ -84,6 +103,12 @@ def rig_options(parser: argparse.ArgumentParser, *, size: str, rate: int = netns
         type=Path,
         default=Path("/var/tmp"),
         help="where cache directories go: on the disk to be measured (default: /var/tmp)",
+    )
+    parser.add_argument(
+        "--fuse", choices=fuse, default=fuse[0], help=f"the mounts' session with the kernel (default: {fuse[0]})"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting of the mounts' daemons"
     )
 
 
@@ -120,7 +145,16 @@ class Mount:
     cache: Path
     daemon: int
     """The daemon's pid."""
+    keeper: int
+    """The pid of the keeper that started the daemon; 0 where nothing keeps it."""
+    session: str
+    """What the daemon calls its session with the kernel."""
     client: Client
+
+    def data(self) -> Path:
+        """The cache's file of the only blob that it has."""
+        (path,) = self.cache.glob("blobs/*/*.data")
+        return path
 
     def file(self, name: str) -> Path:
         return self.directory / name
@@ -169,11 +203,21 @@ class Probe:
 class Rig:
     """One hub with one repo, REPO, and everything around it. Made by `set_up`."""
 
-    def __init__(self, folder: Path, link: netns.Namespace, hub: HubProcess, specs: Mapping[str, Safetensors]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        link: netns.Namespace,
+        hub: HubProcess,
+        specs: Mapping[str, Safetensors],
+        session: str,
+        settings: Sequence[str],
+    ) -> None:
         self.folder = folder
         self.hub = hub
         self.link = link
-        self._specs = specs
+        self.specs = specs
+        self._session = session
+        self._settings = settings
         self.facts = hub.files(REPO).files
         self._digests: dict[tuple[str, int], str] = {}
         self._mounts = 0
@@ -181,21 +225,29 @@ class Rig:
     @classmethod
     @contextmanager
     def set_up(
-        cls, options: argparse.Namespace, sizes: Mapping[str, int], *, latency_s: float = 0.0, tls: bool = False
+        cls,
+        options: argparse.Namespace,
+        sizes: Mapping[str, int],
+        *,
+        latency_s: float = 0.0,
+        tls: bool = False,
+        rows_max: int = TENSOR_ROWS_MAX,
     ) -> Iterator[Self]:
         """A rig whose hub holds safetensors files of about `sizes` bytes (exactly that much of tensors), by name.
 
         `tls`: it speaks HTTPS, and every process that is started here is told of its certificate (SSL_CERT_FILE).
+        `rows_max`: of each tensor, of 8 KiB.
         """
-        specs = {name: seeded_tensors(name, size) for name, size in sizes.items()}
-        spec = HubSpec(repos=[RepoSpec(id=REPO, files=dict(specs))], settings=Settings(latency_s=latency_s))
+        specs = {name: seeded_tensors(name, size, rows_max) for name, size in sizes.items()}
+        repos = [RepoSpec(id=REPO, files=dict(specs)), RepoSpec(id=ANCHOR, files={"README.md": Text("It holds.\n")})]
+        spec = HubSpec(repos=repos, settings=Settings(latency_s=latency_s))
         with (
             scratch.scratch(options.scratch) as folder,
             netns.namespace(options.rate) as link,
             _certified(folder, link.address) if tls else contextlib.nullcontext() as certificate,
             HubProcess(spec, prefix=link.command([]), host=link.address, tls=certificate) as hub,
         ):
-            yield cls(folder, link, hub, specs)
+            yield cls(folder, link, hub, specs, options.fuse, options.set)
 
     @property
     def endpoint(self) -> str:
@@ -221,10 +273,15 @@ class Rig:
         return found
 
     def read(
-        self, mount: Mount | None, programs: Sequence[Sequence[str]], servers: Mapping[str, int] | None = None
+        self,
+        mount: Mount | None,
+        programs: Sequence[Sequence[str]],
+        servers: Mapping[str, int] | None = None,
+        *,
+        settled: bool = True,
     ) -> Measurement:
-        """Runs programs of readers.py side by side."""
-        return self.measure([[*_READER, *program] for program in programs], mount, servers=servers)
+        """Runs programs of readers.py side by side; the rest as of `measure`."""
+        return self.measure([[*_READER, *program] for program in programs], mount, None, servers, settled=settled)
 
     def ask(self, mount: Mount | None, program: Sequence[str]) -> tuple[dict[str, Any], float]:
         """Runs one program of readers.py; what it found, and the CPU seconds of all Manta processes meanwhile."""
@@ -242,14 +299,17 @@ class Rig:
         mount: Mount | None = None,
         environ: Mapping[str, str] | None = None,
         servers: Mapping[str, int] | None = None,
+        *,
+        settled: bool = True,
     ) -> Measurement:
         """Runs commands side by side that print what readers.py prints. With a mount, until the daemon is done with their files too.
 
-        `servers`: pids of others whose usage counts, by the name of their group.
+        `servers`: pids of others whose usage counts, by the name of their group. `settled`: where everything is cached there is
+        nothing to wait for; neither to ask the daemon nor to look at its memory leaves CPU time and readers as they are.
         """
         size = max(fact.size for fact in self.facts.values())
         results, usage, others_s = self._run(
-            commands, mount, size, os.environ if environ is None else environ, servers or {}
+            commands, mount, size, os.environ if environ is None else environ, servers or {}, settled=settled
         )
         began = min(result["began"] for result in results)
         found = Measurement(
@@ -294,29 +354,65 @@ class Rig:
             answered.close()
 
     @contextmanager
-    def mounted(self, cache: Path | None = None) -> Iterator[Mount]:
+    def mounted(self, cache: Path | None = None, *, session: str = "", target: str = REPO) -> Iterator[Mount]:
         """REPO mounted by a daemon of its own, page cache dropped and the hub's counters at zero.
 
-        With a fresh cache directory that goes afterwards, unless one is given. At the end: unmounted, and the daemon gone. Where an
-        exception ends it, the scratch folder's removal does that in its own, faster way, also to a daemon that does not answer.
+        With a fresh cache directory that goes afterwards, unless one is given. At the end: unmounted, the daemon and its keeper gone. Where
+        an exception ends it, the scratch folder's removal does that in its own, faster way, also to a daemon that does not answer.
+        `session`: another than --fuse says. Raises MantaError where the daemon has another than the one asked for.
+        """
+        used = cache or self.folder / f"cache-{self._mounts + 1}"
+        config = Config(cache=CacheConfig(dir=used), daemon=DaemonConfig(runtime_dir=self.folder / "run"))
+        client = Client(config.socket_path)
+        with self.bound(target, used, session or self._session) as directory:
+            status = client.status()
+            if (wanted := session or self._session) not in ("auto", status.fuse):
+                raise MantaError(f"the mount was to be served by the {wanted} session, and {status.fuse} serves it")
+            mount = Mount(directory, used, status.pid, self.keeper_of(status.pid), status.fuse, client)
+            yield mount
+            last = client.status().pid  # a benchmark may have had it restarted
+        left = [pid for pid in (last, mount.keeper) if pid]
+        if scratch.await_end(left, EXIT_TIMEOUT_S):
+            raise Unavailable(f"the daemon or its keeper ({left}) still runs {EXIT_TIMEOUT_S} s after its last umount")
+        if cache is None:
+            shutil.rmtree(used)
+
+    @contextmanager
+    def bound(self, target: str, cache: Path, session: str = "auto") -> Iterator[Path]:
+        """`target` mounted on a directory of its own by the cache directory's daemon, which is started where none runs.
+
+        The page cache is dropped before, and the hub's counters are at zero. At the end it is unmounted, unless by an exception.
         """
         self._mounts += 1
         directory = self.folder / f"mount-{self._mounts}"
         directory.mkdir()
-        used = cache or self.folder / f"cache-{self._mounts}"
-        config = Config(cache=CacheConfig(dir=used), daemon=DaemonConfig(runtime_dir=self.folder / "run"))
         drop_page_cache()
         self.hub.reset(content=False)
-        where = ["--cache-dir", str(used)]
-        self._manta("mount", REPO, str(directory), *where, "--endpoint", self.endpoint)
-        client = Client(config.socket_path)
-        daemon = client.status().pid
-        yield Mount(directory, used, daemon, client)
-        self._manta("umount", str(directory), *where)
-        if scratch.await_end([daemon], EXIT_TIMEOUT_S):
-            raise Unavailable(f"the daemon (pid {daemon}) still runs {EXIT_TIMEOUT_S} s after its last umount")
-        if cache is None:
-            shutil.rmtree(used)
+        where = ["--cache-dir", str(cache)]
+        settings = [word for setting in self._settings for word in ("--set", setting)]
+        self.manta("mount", target, str(directory), *where, "--endpoint", self.endpoint, "--fuse", session, *settings)
+        yield directory
+        self.manta("umount", str(directory), *where)
+
+    def prefetch(self, mount: Mount, target: str = REPO) -> None:
+        """Until all of it is cached and sealed."""
+        job = mount.client.prefetch(PrefetchRequest(target))
+        deadline = time.monotonic() + PREFETCH_TIMEOUT_S
+        while job.state == "running" and time.monotonic() < deadline:
+            time.sleep(0.1)
+            job = mount.client.job(job.id)
+        if job.state != "done":
+            raise Unavailable(
+                f"{target} could not be prefetched in {PREFETCH_TIMEOUT_S} s ({job.state}): {job.problems[:1]}"
+            )
+        self._await_idle(mount, deadline)
+
+    def write(self, name: str, path: Path) -> None:
+        """The hub's file in a file of the disk: the same bytes, written in order."""
+        with path.open("wb") as file:
+            file.writelines(read_spec(self.specs[name]).pieces())
+            file.flush()
+            os.fsync(file.fileno())
 
     # -- what is so ---------------------------------------------------------------------------------------------------
 
@@ -354,7 +450,7 @@ class Rig:
 
     def _blocks_digest(self, name: str, block: int) -> str:
         if (name, block) not in self._digests:
-            content = read_spec(self._specs[name])
+            content = read_spec(self.specs[name])
             starts = range(0, content.size, block)
             blocks = (content.read(start, min(start + block, content.size)) for start in starts)
             self._digests[name, block] = readers.blocks_digest(blocks)
@@ -362,7 +458,16 @@ class Rig:
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
-    def _manta(self, *arguments: str) -> None:
+    def keeper_of(self, daemon: int) -> int:
+        """The pid of the keeper that started this daemon; 0 where none did."""
+        parent = scratch.parent(daemon)
+        return parent if role(command_line(parent)) == "keeper" else 0
+
+    def keepers(self) -> list[int]:
+        """The pids of all keepers of this run."""
+        return [pid for pid in scratch.processes(self.folder) if role(command_line(pid)) == "keeper"]
+
+    def manta(self, *arguments: str) -> None:
         """Runs the manta command. Raises with what it said when it fails, and with the daemon's log's end."""
         command = [sys.executable, "-m", "manta", *arguments]
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MANTA_", "HF_", "HUGGING"))}
@@ -385,17 +490,17 @@ class Rig:
             )
         except subprocess.TimeoutExpired:
             raise Unavailable(
-                f"manta {' '.join(arguments)} did not return within {COMMAND_TIMEOUT_S} s{self._logs()}"
+                f"manta {' '.join(arguments)} did not return within {COMMAND_TIMEOUT_S} s{self.logs()}"
             ) from None
         if done.returncode:
             raise MantaError(
-                f"manta {' '.join(arguments)} exited with {done.returncode}: {done.stderr.strip()}{self._logs()}"
+                f"manta {' '.join(arguments)} exited with {done.returncode}: {done.stderr.strip()}{self.logs()}"
             )
 
-    def _logs(self) -> str:
+    def logs(self) -> str:
         """The ends of the daemons' logs, to be put behind a sentence: they are gone with the scratch folder."""
         tails = [
-            f"\n{path}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-20:])
+            f"\n{path}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:])
             for path in (self.folder / "run").glob("*/*.log")
         ]
         return "".join(tails)
@@ -407,6 +512,8 @@ class Rig:
         size: int,
         environ: Mapping[str, str],
         servers: Mapping[str, int],
+        *,
+        settled: bool = True,
     ) -> tuple[list[dict[str, Any]], dict[str, GroupUsage], float]:
         """Runs commands side by side, each of which prints one JSON object; them, usage by group, the rest of the machine's CPU."""
         rate = (self.link.rate or UNLIMITED_RATE) / 8
@@ -416,16 +523,18 @@ class Rig:
             "hub": lambda: [self.hub.pid],
             "reader": lambda: [process.pid for process in processes],
         }
-        for name, pid in (dict(servers) | ({"manta": mount.daemon} if mount else {})).items():
+        for name, pid in servers.items():
             groups[name] = partial(list, [pid])
+        if mount is not None:
+            groups["manta"] = partial(list, [pid for pid in (mount.keeper, mount.daemon) if pid])
         try:
-            with Sampler(groups, shares_of={"manta", "hub"}) as sampler:
-                processes.extend(_start(command, environ) for command in commands)
+            with Sampler(groups, shares_of={"manta", "hub"} if settled else ()) as sampler:
+                processes.extend(start(command, environ) for command in commands)
                 results = [self._result(process, deadline) for process in processes]
-                if mount is not None:
+                if mount is not None and settled:
                     self._await_idle(mount, deadline)
         finally:
-            self._stop(processes)
+            self.stop(processes)
         usage = {name: sampler.usage(name) for name in groups}
         told = [
             ProcessUsage(process.pid, role(command), result["cpu_s"], result["rss_peak"])
@@ -441,9 +550,9 @@ class Rig:
         try:
             output, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise Unavailable(f"{what} did not end in time{self._logs()}") from None
+            raise Unavailable(f"{what} did not end in time{self.logs()}") from None
         if process.returncode:
-            raise Unavailable(f"{what} exited with {process.returncode}: {errors.strip()}{self._logs()}")
+            raise Unavailable(f"{what} exited with {process.returncode}: {errors.strip()}{self.logs()}")
         result: dict[str, Any] = json.loads(output)
         return result
 
@@ -453,10 +562,10 @@ class Rig:
             blob.cached == blob.size and not blob.sealed for blob in mount.client.cache().blobs
         ):
             if time.monotonic() > deadline:
-                raise Unavailable(f"the daemon was still fetching long after the read{self._logs()}")
+                raise Unavailable(f"the daemon was still fetching long after the read{self.logs()}")
             time.sleep(0.1)
 
-    def _stop(self, processes: Sequence[subprocess.Popen[str]]) -> None:
+    def stop(self, processes: Sequence[subprocess.Popen[str]]) -> None:
         """Ends readers that still run. One that waits for a mount only ends once the mount is aborted."""
         running = [process for process in processes if process.poll() is None]
         if running:
@@ -469,12 +578,12 @@ class Rig:
                 process.communicate(timeout=EXIT_TIMEOUT_S)
 
 
-def seeded_tensors(seed: str, size: int) -> Safetensors:
+def seeded_tensors(seed: str, size: int, rows_max: int = TENSOR_ROWS_MAX) -> Safetensors:
     """A safetensors file with `size` bytes of half-precision tensors; the last one takes what does not fill a row."""
     tensors: list[Tensor] = []
     elements = size // 2
     while elements:
-        rows = min(TENSOR_ROWS_MAX, elements // TENSOR_COLUMNS)
+        rows = min(rows_max, elements // TENSOR_COLUMNS)
         shape = [rows, TENSOR_COLUMNS] if rows else [elements]
         tensors.append(Tensor(f"model.layers.{len(tensors)}.weight", "F16", shape))
         elements -= rows * TENSOR_COLUMNS if rows else elements
@@ -509,7 +618,7 @@ def _certified(folder: Path, address: str) -> Iterator[tuple[Path, Path]]:
             os.environ["SSL_CERT_FILE"] = before
 
 
-def _start(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:
+def start(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         env=dict(environ),

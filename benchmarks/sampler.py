@@ -26,6 +26,9 @@ SHARE_MAX = 0.05
 
 JOIN_TIMEOUT_S = 10
 
+KEEPER = "keeper.py"
+"""The file that keepers run: they are named by it, whatever their arguments."""
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 Roots = Callable[[], Iterable[int]]
@@ -125,7 +128,7 @@ class Sampler:
                     self._base[key] = cpu_s
                 known = self._seen[name].get(key)
                 # A process that was seen on its way into exec had no command line yet.
-                what = (known.role if known else "") or role(_command_line(pid))
+                what = (known.role if known else "") or role(command_line(pid))
                 self._seen[name][key] = ProcessUsage(pid, what, cpu_s - self._base.get(key, 0.0), rss_peak)
                 shares += pss
             self._pss[name] = max(self._pss[name], shares)
@@ -176,11 +179,14 @@ def role(words: Sequence[str]) -> str:
         words = list(dropwhile(lambda word: word.startswith("-") and word != "-c", words[1:]))
     if not words:
         return ""
+    if Path(words[0]).name == KEEPER:
+        return "keeper"
     kept = [Path(words[0]).name, *(word for word in words[1:2] if words[0] == "-c" or not word.startswith("-"))]
     return " ".join(" ".join(kept).split())[:80]
 
 
-def _command_line(pid: int) -> list[str]:
+def command_line(pid: int) -> list[str]:
+    """Empty where there is no such process, and of a zombie."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except (FileNotFoundError, ProcessLookupError):

@@ -26,6 +26,9 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 END_TIMEOUT_S = 5
 """How long processes may take to end by SIGTERM, and again by SIGKILL."""
 
+END_ROUNDS = 3
+"""A keeper starts its daemon anew and a daemon its keeper: what was started while the others were being ended goes in the next round."""
+
 UMOUNT_TIMEOUT_S = 10
 
 _NAME = re.compile(r"manta-bench-(\d+)-(\d+)-\w+")
@@ -64,7 +67,8 @@ def remove(folder: Path) -> None:
     try:
         for device in fuse_devices(folder):
             abort(device)
-        end(processes(folder))
+        for _ in range(END_ROUNDS):
+            end(processes(folder))
         for point in reversed(mounts(folder)):
             # Lazily: an aborted mount has no daemon to wait for, and a busy one would keep the folder.
             _run("umount", "--lazy", str(point))
@@ -119,12 +123,13 @@ def processes(folder: Path) -> list[int]:
 
 
 def end(pids: list[int]) -> None:
-    """SIGTERM, then SIGKILL to what remains."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
+    """SIGTERM, then SIGKILL to what remains: all of it stopped before, so that none starts another in its stead."""
+    for signum in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
-        pids = await_end(pids, END_TIMEOUT_S)
+        if signum != signal.SIGSTOP:
+            pids = await_end(pids, END_TIMEOUT_S)
 
 
 def await_end(pids: list[int], timeout_s: float) -> list[int]:
@@ -139,6 +144,12 @@ def start_time(pid: int) -> int:
     """Ticks from boot to the process's start, which with the pid names it for good; -1 where there is none."""
     fields = _stat(pid)
     return int(fields[19]) if fields else -1
+
+
+def parent(pid: int) -> int:
+    """The pid of the process's parent; 0 where there is no such process."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
 
 
 def _runs(pid: int) -> bool:

@@ -73,7 +73,7 @@ class FuseConfig:
     without: str = ""
     """Features of the kernel to leave unused, with commas: passthrough, resend, readdirplus, max_pages. For kernels that have trouble with
     one, and for tests."""
-    complete_at_open: int = 64 * 1024**2
+    complete_at_open: int = 8 * 1024**2
     """Files up to this size (bytes) are fetched when they are opened, so that the kernel reads them by itself from the first read on; 0:
     none. Only where the kernel does that (passthrough)."""
     readahead_kib: int = 4096

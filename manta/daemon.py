@@ -213,7 +213,7 @@ class Daemon:
                 self._watchdog.start()
                 # Also where it fails in a way that nobody foresaw: the next one goes on.
                 leaving = self._survives and (self.handing_over or not self._stopping.is_set())
-                if not leaving:
+                if not leaving and not self.handing_over:
                     self._keeping.stopping()
                 with trio.CancelScope(shield=True):
                     if leaving:
@@ -355,8 +355,10 @@ class Daemon:
             self._stopping.set()
 
     def abort(self) -> None:
-        """See `RootMount.abort`. Any thread, so that the watchdog can."""
+        """See `RootMount.abort`. Any thread, so that the watchdog can: what hangs may have kept the keeper from hearing of the end too."""
         self._root.abort()
+        if not self.handing_over:
+            self._keeping.stopping()
 
     def _drop_unbound(self) -> None:
         """Ends mounts whose binding is gone."""

@@ -57,9 +57,9 @@ def _ask(client: Client, before: Running) -> None:
 def _next(client: Client, before: Running, deadline: float) -> Running:
     """The daemon that answers after `before`. Raises Unavailable when none does in time."""
     problem = "the old one does not leave"
-    while (left := deadline - time.monotonic()) > 0:
+    while time.monotonic() < deadline:
         try:
-            found = client.running(timeout_s=min(left, ANSWER_S))
+            found = client.running(timeout_s=ANSWER_S)
             if found.pid != before.pid:
                 return found
         except (NotRunning, Unavailable, Corrupt) as error:

@@ -43,7 +43,7 @@ PREFERRED_READ_BYTES = 1024 * 1024
 NAME_BYTES_MAX = 255
 
 COMPLETE_SECONDS_MAX = 2.0
-"""How long an open waits for the whole of a small file: at 1 Gbit/s, 64 MiB take half a second."""
+"""How long an open waits for the whole of a small file: at 1 Gbit/s, 8 MiB take 70 ms."""
 
 SENT_BACK_SECONDS = 5.0
 """How long an open that comes again is taken for the same one, sent back before: the kernel looks up the name and is there at once."""
@@ -223,6 +223,8 @@ class Filesystem:
         """Of files that an earlier daemon opened: the handle by the request. One that comes again was never answered."""
         self.drop_pages: Callable[[int], None] = lambda _inode: None
         """Hears of inodes of which the kernel has pages that nobody will read any more, because what is opened from now on has its own."""
+        self.close_backing: Callable[[int], None] = lambda _backing: None
+        """Hears of the kernel's numbers of backing files that are not in use any more, where the kernel did not close the file."""
         self._journal.rewritten_by(self._rewrite)
 
     # Names -----------------------------------------------------------------------------------------------------------
@@ -336,7 +338,9 @@ class Filesystem:
         look the name up again.
         """
         if request and (unanswered := self._requests.pop(request, None)) is not None:
-            self.close_file(unanswered)
+            backing = self.close_file(unanswered)
+            if backing is not None:
+                self.close_backing(backing)
         node = self._inodes.node(inode) or await self._found(inode)
         match node:
             case TextNode():

@@ -155,6 +155,7 @@ class KernelSession:
         """Answers the kernel until the filesystem is unmounted or this is cancelled. `resend`: after `adopt`."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            self._fs.close_backing = self._device.close_backing
             try:
                 if resend:
                     self._device.write(protocol.resend())

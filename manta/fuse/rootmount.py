@@ -260,13 +260,15 @@ class RootMount:
 
     @staticmethod
     async def watch(changed: Callable[[], None]) -> None:
-        """Tells `changed` when a mount has come or gone: the kernel marks mountinfo readable-with-priority."""
-        with MOUNTINFO.open() as mountinfo, contextlib.closing(select.epoll()) as poll:
-            poll.register(mountinfo.fileno(), select.EPOLLPRI | select.EPOLLERR)
+        """Tells `changed` when a mount has come or gone: the kernel marks mountinfo readable-with-priority.
+
+        In a thread: the kernel tells of each change once, and trio would lose one that comes while it arms its epoll.
+        """
+        with MOUNTINFO.open() as mountinfo:
+            poll = select.poll()
+            poll.register(mountinfo, select.POLLPRI | select.POLLERR)
             while True:
-                with trio.move_on_after(MOUNTINFO_SECONDS):
-                    await trio.lowlevel.wait_readable(poll.fileno())
-                    poll.poll(0)
+                await trio.to_thread.run_sync(poll.poll, 1000 * MOUNTINFO_SECONDS, abandon_on_cancel=True)
                 changed()
 
 

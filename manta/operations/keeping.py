@@ -149,8 +149,11 @@ class Keeping:
         self._say("READY=1")
 
     def stopping(self) -> None:
-        """The daemon ends for good: nobody shall be started in its place, whatever its exit status."""
+        """The daemon ends for good: nobody shall be started in its place, whatever its exit status, or inherit what it unmounts."""
         self._stopping = True
+        for name in self._kept:
+            self._say(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._kept.clear()
         self._say("STOPPING=1")
 
     async def deposit(self, name: str, fd: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as main_module
-from benchmarks import load, loopback, metadata, rig, scratch
+from benchmarks import load, loopback, metadata, rig, scratch, warm
 from manta.testing import netns
 
 OBSTACLE = netns.obstacle() or ("" if Path("/dev/fuse").exists() else "there is no /dev/fuse")
@@ -24,15 +24,19 @@ pytestmark = [
 ]
 
 SMALL = {
-    "cold": ["--size", "16MiB", "--rounds", "1"],
-    "ttfb": ["--size", "1MiB", "--samples", "2", "--latency", "0.005"],
-    "parallel": ["--size", "16MiB"],
-    "load": ["--size", "16MiB"],
-    "faults": ["--size", "16MiB", "--rounds", "1"],
-    "metadata": ["--size", "1MiB", "--files", "40"],
-    "loopback": ["--size", "16MiB", "--rounds", "1"],
+    "cold": ("cold --size 16MiB --rounds 1", 2),
+    "ttfb": ("ttfb --size 1MiB --samples 2 --latency 0.005", 1),
+    "parallel": ("parallel --size 16MiB", 10),
+    "load": ("load --size 16MiB", 3),
+    "faults": ("faults --size 16MiB --rounds 1", 1),
+    "metadata, kernel": ("metadata --size 1MiB --files 40 --fuse kernel --set fuse.complete_at_open=64KiB", 8),
+    "metadata, pyfuse3": ("metadata --size 1MiB --files 40 --fuse pyfuse3", 9),
+    "loopback": ("loopback --size 16MiB --rounds 1", 2),
+    "warm": ("warm --size 16MiB --rounds 1", 10),
+    "survive, kernel": ("survive --size 8MiB --rate 1e7 --kills 2 --fuse kernel", 4),
+    "survive, pyfuse3": ("survive --size 8MiB --rate 2e7 --kills 2 --fuse pyfuse3", 4),
 }
-GOALS = {"cold": 2, "ttfb": 1, "parallel": 10, "load": 3, "faults": 1, "metadata": 9, "loopback": 2}
+"""A command, and how many goals it has."""
 
 
 @pytest.fixture
@@ -42,26 +46,28 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("case", SMALL)
 def test_it_runs_and_cleans_up(
-    name: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "load":
+    name, *options = SMALL[case][0].split()
+    if name in ("load", "warm", "survive"):
         pytest.importorskip("safetensors", reason="safetensors is not installed")
     missing = [program for program in main_module.BENCHMARKS[name].PROGRAMS if shutil.which(program) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}, and a test installs nothing")
     # Everybody's page cache is not a test's to drop.
-    for module in (rig, load, metadata, loopback):
+    for module in (rig, load, metadata, loopback, warm):
         monkeypatch.setattr(module, "drop_page_cache", lambda: None)
+    monkeypatch.setattr(warm, "TURNS", dict.fromkeys(warm.TURNS, 1))
     namespaces = set(os.listdir("/run/netns"))
     results = tmp_path / "results.json"
-    arguments = [name, *SMALL[name], "--scratch", str(folder), "--json", str(results), "--no-goals", "--no-chart"]
+    arguments = [name, *options, "--scratch", str(folder), "--json", str(results), "--no-goals", "--no-chart"]
     assert main_module.main(arguments) == 0, capsys.readouterr().err
     document = json.loads(results.read_text())
     assert document["runs"]
     assert document["table"]
-    assert len(document["goals"]) == GOALS[name]
+    assert len(document["goals"]) == SMALL[case][1]
     # Counts hold at any size, unlike ratios.
     assert all(goal["met"] for goal in document["goals"] if goal["goal"] == "== 0")
     assert list(folder.iterdir()) == []

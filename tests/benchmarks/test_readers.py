@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -51,10 +52,31 @@ def test_in_order(program: str, file: Path, content: bytes) -> None:
     assert result["rss_peak"] > 1 << 20
 
 
-def test_in_order_without_a_digest(file: Path) -> None:
-    (result,) = run("sequential", str(file), "--block", str(BLOCK), "--no-digest")
+@pytest.mark.parametrize("program", ["sequential", "mapped", "random --threads 2 --seed 7"])
+def test_without_a_digest(program: str, file: Path) -> None:
+    (result,) = run(*program.split(), str(file), "--block", str(BLOCK), "--no-digest")
     assert result["bytes"] == SIZE
     assert "digest" not in result
+
+
+def test_the_cpu_time_is_that_of_reading(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(64 << 20))
+    (result,) = run("sequential", str(file), "--block", str(BLOCK))
+    # A sha256 of 64 MiB takes 20 ms on the fastest machine there is.
+    assert result["cpu_s"] >= 0.02
+
+
+def test_what_is_in_the_page_cache(file: Path) -> None:
+    try:
+        (result,) = run("resident", str(file), str(file))
+    except subprocess.CalledProcessError as failed:
+        if "cachestat: Function not implemented" not in failed.stderr:
+            raise
+        pytest.skip("this kernel has no cachestat")
+    page = os.sysconf("SC_PAGESIZE")
+    # It was just written, and nobody had a reason to take it out again.
+    assert result["resident"] == [-(-SIZE // page) * page] * 2
 
 
 def test_a_download_is_its_command_and_its_file(tmp_path: Path) -> None:

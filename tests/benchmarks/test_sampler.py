@@ -124,6 +124,7 @@ def test_a_process_that_is_not_there_is_nothing() -> None:
         (["/x/bin/python3", "-S", "-E", "/y/readers.py", "random", "/z"], "readers.py random"),
         (["/x/bin/python", "-m", "manta.worker", "fetch", "13"], "manta.worker fetch"),
         (["/usr/bin/curl", "--silent", "http://x"], "curl"),
+        (["/x/bin/python", "-S", "/z/manta/keeper.py", "daemon", "--cache-dir", "/c"], "keeper"),
         (["python"], ""),
         ([], ""),
     ],

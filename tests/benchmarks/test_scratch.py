@@ -61,6 +61,33 @@ def test_processes_started_meanwhile_are_ended_and_others_are_not(
         bystander.wait(timeout=10)
 
 
+PHOENIX = """
+import os, select, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+code, other, lives = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def another():
+    return subprocess.Popen([sys.executable, "-c", code, code, str(os.getpid()), str(lives - 1)]).pid
+other = other or another()
+print("up", flush=True)
+while lives:
+    select.select([os.pidfd_open(other)], [], [], 20)
+    other = another()
+"""
+"""Two that start each other anew, as a keeper and its daemon do, but not for ever."""
+
+
+def test_processes_that_start_each_other_anew_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "END_TIMEOUT_S", 0.5)
+    with scratch.scratch(tmp_path) as folder:
+        command = [sys.executable, "-c", PHOENIX, PHOENIX, "0", "5"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as first:
+            assert first.stdout
+            assert first.stdout.readline() == first.stdout.readline() == b"up\n"
+            assert len(scratch.processes(folder)) == 2
+            scratch.remove(folder)
+        assert scratch.processes(folder) == []
+
+
 def test_only_folders_of_dead_owners_are_swept(tmp_path: Path) -> None:
     alive = tmp_path / f"manta-bench-{os.getpid()}-{scratch.start_time(os.getpid())}-abc"
     dead = tmp_path / f"manta-bench-{os.getpid()}-1-abc"  # the pid lives, but started at another time

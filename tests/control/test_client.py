@@ -289,13 +289,20 @@ def test_a_kept_daemon_that_is_of_no_use_ends_with_its_keeper(
         """
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-open(place + "/stubborn", "w").write(f"{os.getpid()} {os.getppid()}")
+os.write(ready, b"%d" % os.getpid())
 signal.pause()"""
     )
-    with pytest.raises(Unavailable, match="did not become ready in time"):
-        ensure_daemon(config, deadline_s=1.0)
-    for pid in (starter.place / "stubborn").read_text().split():
-        assert not Path(f"/proc/{pid}").exists()
+    config.make_instance_dir()
+    ours, theirs = os.pipe()
+    try:
+        process = module._spawn(config, theirs)
+        daemon = int(os.read(ours, 20))
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert module._end(process) == 128 + signal.SIGKILL
+    assert process.pid != daemon
+    assert not Path(f"/proc/{daemon}").exists()
     assert list(config.instance_dir.glob("keep.*")) == []
 
 

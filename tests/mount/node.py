@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,13 @@ from manta.control.binding import mounts, unbind
 from manta.errors import MantaError
 
 TIMEOUT_S = 60.0
+
+SESSIONS = ("kernel", "pyfuse3")
+"""The FUSE sessions that there are. The first is what most people use."""
+
+SESSION = "MANTA_FUSE_SESSION"
+"""The variable that says by which FUSE session a node's daemon serves. conftest puts it into this process's environment for each module of
+tests, and a node takes it from there."""
 
 
 def needs_fuse() -> str:
@@ -53,9 +60,21 @@ class Node:
             "MANTA_DAEMON_RUNTIME_DIR": str(self.path / "run"),
             "MANTA_CONFIG": "/dev/null",
             "PYTHONPATH": str(Path(__file__).parents[2]),
+            "MANTA_FUSE_COMPLETE_AT_OPEN": "16MiB",  # so that files of many chunks are large ones here too
+            **({SESSION: os.environ[SESSION]} if SESSION in os.environ else {}),
             **(environment or {}),
         }
         self._directories = itertools.count(1)
+
+    @property
+    def session(self) -> str:
+        """The FUSE session that its daemon was told to use; "" for whatever it prefers."""
+        return self.environment.get(SESSION, "")
+
+    @property
+    def survives(self) -> bool:
+        """Whether what is open outlives a daemon that is killed: a keeper has the filesystem, and starts the next one."""
+        return self.session == "kernel"
 
     def __enter__(self) -> Self:
         (self.path / "home").mkdir()
@@ -63,15 +82,20 @@ class Node:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.unmount_all()
+            self._unmount()
+            # Nobody is to wait for its last second: `test_lifecycle` shows that it leaves by itself.
+            for pid in self.daemons():
+                send(pid, signal.SIGTERM)
+            self._wait_for_all()
         finally:
             left = [e.directory for e in mounts() if e.directory.startswith(f"{self.path}/")]
             alive = self.processes()
-            for pid in alive:
-                os.kill(pid, signal.SIGKILL)
-            for directory in reversed(left):
-                unbind(directory, lazy=True)
-            self._scratch.cleanup()
+            try:
+                self.kill_all()
+            finally:
+                for directory in reversed(left):
+                    unbind(directory, lazy=True)
+                self._scratch.cleanup()
         # Said after the cleaning, so that a test that leaves something fails and the machine is clean all the same.
         assert not left, f"left mounted: {left}"
         assert not alive, f"left running: {alive}"
@@ -117,19 +141,46 @@ class Node:
 
     def unmount_all(self) -> None:
         """Unmounts what is mounted and waits for the daemon to leave, as it does by itself."""
+        self._unmount()
+        self._wait_for_all()
+
+    def _unmount(self) -> None:
         for entry in reversed(mounts()):
             if entry.directory.startswith(f"{self.path}/mnt"):
                 try:
                     unbind(entry.directory)
                 except MantaError:
                     unbind(entry.directory, lazy=True)
+
+    def _wait_for_all(self) -> None:
         for pid in self.processes():
             wait_for_end(pid)
 
     # Processes -------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def unattended(self) -> Iterator[None]:
+        """Keepers stand still meanwhile: nobody starts a daemon."""
+        keepers = self.keepers()
+        for pid in keepers:
+            send(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in keepers:
+                send(pid, signal.SIGCONT)
+
+    def kill_all(self) -> None:
+        """Kills every process there is. A keeper starts a daemon anew, and a daemon its keeper: so all stand still first."""
+        while alive := self.processes():
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in alive:
+                    send(pid, number)
+            for pid in alive:
+                wait_for_end(pid)
+
     def processes(self) -> list[int]:
-        """The daemon and its workers, told by their environment, which names our runtime directory."""
+        """The daemon, its workers and its keeper, told by their environment, which names our runtime directory."""
         mark = f"MANTA_DAEMON_RUNTIME_DIR={self.path}/run".encode()
         found = []
         for process in Path("/proc").iterdir():
@@ -142,18 +193,27 @@ class Node:
         return found
 
     def processes_of(self, word: str) -> list[int]:
-        """Those of them that have `word` as an argument: "daemon", "manta.worker"."""
+        """Those of them that have `word` as an argument: "manta.worker"."""
+        return self._running(lambda arguments: word.encode() in arguments)
+
+    def _running(self, is_it: Callable[[list[bytes]], bool]) -> list[int]:
         found = []
         for pid in self.processes():
-            try:
-                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            with suppress(OSError):
+                if is_it(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
                     found.append(pid)
-            except OSError:
-                continue
         return found
 
     def daemon(self) -> int:
         return int(self.status()["pid"])
+
+    def daemons(self) -> list[int]:
+        """Told by their arguments, without asking them."""
+        return self._running(lambda arguments: b"daemon" in arguments and not _is_keeper(arguments))
+
+    def keepers(self) -> list[int]:
+        """One, or none where the session has no use for it."""
+        return self._running(_is_keeper)
 
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.daemon()}/task/{self.daemon()}/children").read_text()
@@ -165,6 +225,16 @@ class Node:
             path.read_text(errors="replace") for path in sorted((self.path / "run").glob("*/daemon.log*"), reverse=True)
         )
         return "".join(text if whole else text[-4000:] for text in texts)
+
+
+def _is_keeper(arguments: list[bytes]) -> bool:
+    return any(argument.endswith(b"/manta/keeper.py") for argument in arguments)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Signals a process that may have ended."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def wait_for_end(pid: int, timeout_s: float = 15.0) -> None:

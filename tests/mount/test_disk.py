@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from manta.testing.hub import GeneratedContent, HubProcess
+from manta.testing.hub import HubProcess
 from manta.testing.hub.standard import MODEL, SHARDED
-from tests.mount.conftest import BIG, BIG_FILE, BIG_SIZE
+from tests.mount.conftest import BIG, BIG_FILE, BIG_SIZE, true_digest
 from tests.mount.node import Node, run, wait_until
 
 MIB = 1024 * 1024
@@ -55,12 +55,6 @@ def read(directory: Path, at: int = 0, end: int = BIG_SIZE) -> str:
     if done.returncode:
         return done.stderr.strip()
     return "" if done.stdout.strip() == true_digest(at, end) else "wrong bytes"
-
-
-def true_digest(at: int, end: int) -> str:
-    import hashlib
-
-    return hashlib.sha256(GeneratedContent("big", BIG_SIZE).read(at, end)).hexdigest()
 
 
 def errno_of(failure: str) -> int:
@@ -131,6 +125,7 @@ def on_disk(cache: Path) -> int:
 # Full ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.above_fuse
 def test_the_floor_is_kept_readers_are_told_and_room_ends_it(hub: HubProcess, node: Node) -> None:
     node.environment["MANTA_CACHE_FREE_SPACE_FLOOR"] = "12MiB"
     with disk(node, 128 * MIB) as cache:
@@ -160,6 +155,7 @@ def test_the_floor_is_kept_readers_are_told_and_room_ends_it(hub: HubProcess, no
         nothing_wrong(node)
 
 
+@pytest.mark.above_fuse
 def test_the_limit_is_kept_while_bytes_come_fast(hub: HubProcess, node: Node) -> None:
     """More than fits is read, from two repos, one after the other; the cache's files never take more than the limit and a chunk."""
     node.environment |= {"MANTA_CACHE_SIZE": "66MiB", "MANTA_CACHE_FREE_SPACE_FLOOR": "0"}
@@ -180,6 +176,7 @@ def test_the_limit_is_kept_while_bytes_come_fast(hub: HubProcess, node: Node) ->
     assert any(MODEL in name for name in names)
 
 
+@pytest.mark.above_fuse
 def test_a_mount_that_is_larger_than_the_limit_is_told_so(hub: HubProcess, node: Node) -> None:
     node.environment |= {"MANTA_CACHE_SIZE": "40MiB", "MANTA_CACHE_FREE_SPACE_FLOOR": "0"}
     directory = node.mount(BIG)
@@ -191,6 +188,7 @@ def test_a_mount_that_is_larger_than_the_limit_is_told_so(hub: HubProcess, node:
     assert read(directory, 0, 8 * MIB) == ""
 
 
+@pytest.mark.above_fuse
 def test_a_disk_that_others_fill_is_a_clear_error_and_heals(hub: HubProcess, node: Node) -> None:
     """Without a floor: to the last byte."""
     node.environment["MANTA_CACHE_FREE_SPACE_FLOOR"] = "0"
@@ -207,6 +205,7 @@ def test_a_disk_that_others_fill_is_a_clear_error_and_heals(hub: HubProcess, nod
 # Read-only, gone, broken ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.above_fuse
 def test_a_read_only_cache_is_refused_at_the_start(hub: HubProcess, node: Node) -> None:
     with disk(node, 64 * MIB) as cache:
         subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True)

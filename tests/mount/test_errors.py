@@ -31,6 +31,7 @@ def refused(node: Node, *arguments: str, token: str = "") -> str:
     return done.stderr
 
 
+@pytest.mark.above_fuse
 @pytest.mark.parametrize(
     ("target", "words"),
     [
@@ -47,6 +48,7 @@ def test_what_the_hub_does_not_show(node: Node, target: str, words: list[str]) -
     assert all(word in sentence for word in words), sentence
 
 
+@pytest.mark.above_fuse
 def test_a_token_that_is_wrong_and_one_without_rights(node: Node) -> None:
     assert "token" in refused(node, GATED, token="hf_thisisnotatoken")
     assert "access" in refused(node, GATED, token=STRANGER_TOKEN)
@@ -66,6 +68,7 @@ def test_the_right_token_opens_it(hub: HubProcess, node: Node, repo: str) -> Non
     assert hub.stats().violations == []
 
 
+@pytest.mark.above_fuse
 def test_a_target_that_makes_no_sense(node: Node) -> None:
     for target in ("no-slash", "a/b/../c", "a//b", "org/na me"):
         done = node.manta("mount", target, str(node.directory()), code=None)
@@ -73,6 +76,7 @@ def test_a_target_that_makes_no_sense(node: Node) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.above_fuse
 def test_the_hub_cannot_be_reached(node: Node) -> None:
     node.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # discard: nothing listens
     sentence = refused(node, MODEL)
@@ -92,7 +96,7 @@ def test_offline_shows_what_is_cached_and_refuses_the_rest(hub: HubProcess, node
 
 
 def test_the_hub_dies_during_a_read(hub: HubProcess, node: Node) -> None:
-    node.environment["MANTA_FETCH_READ_TIMEOUT_S"] = "5"
+    node.environment["MANTA_FETCH_READ_TIMEOUT_S"] = "2"
     directory = node.mount(BIG)
     run('head -c 1000 "$1/config.json"', directory)
     hub.set_listening("hub", accept=False)
@@ -109,7 +113,7 @@ def test_the_hub_dies_during_a_read(hub: HubProcess, node: Node) -> None:
 
 
 def test_a_stalled_file_fails_alone(hub: HubProcess, node: Node) -> None:
-    node.environment |= {"MANTA_FETCH_READ_TIMEOUT_S": "4", "MANTA_FETCH_STALL_S": "1"}
+    node.environment |= {"MANTA_FETCH_READ_TIMEOUT_S": "2", "MANTA_FETCH_STALL_S": "1"}
     hub.add_fault(faults.Stall(seconds=60), origin="cdn", file=BIG_FILE)
     directory, other = node.mount(BIG), node.mount(MODEL)
     stalled = subprocess.Popen(
@@ -152,6 +156,7 @@ def test_directories_that_cannot_be_mounted_on(node: Node) -> None:
     assert "not a directory" in done.stderr
 
 
+@pytest.mark.above_fuse
 def test_two_daemons_on_one_cache_are_refused(node: Node) -> None:
     node.mount(MODEL)
     with Node(node.environment["HF_ENDPOINT"], {"MANTA_CACHE_DIR": str(node.cache)}) as second:

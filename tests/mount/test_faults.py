@@ -60,6 +60,8 @@ from tests.mount.fault_cases import (
 )
 from tests.mount.node import Node, needs_fuse
 
+pytestmark = pytest.mark.above_fuse  # `test_fault_mixes` has faults by each session
+
 CONFIG = "{}\n"
 
 BOUND_S = 2 * PATIENCE_S + 15

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -13,7 +14,7 @@ from manta.control.binding import mounts
 from manta.testing.hub import HubProcess
 from manta.testing.hub.standard import MODEL, NAMES
 from tests.mount.conftest import BIG, BIG_FILE
-from tests.mount.node import Node, run, wait_for_end, wait_until
+from tests.mount.node import Node, background, run, wait_for_end, wait_until
 
 
 @pytest.mark.parametrize(
@@ -60,18 +61,22 @@ def test_other_mounts_stay_when_one_goes(node: Node) -> None:
     assert node.daemon() == daemon
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_everything_even_in_mid_read(hub: HubProcess, node: Node, number: signal.Signals) -> None:
+def test_each_signal_ends_everything_even_in_mid_read(hub: HubProcess) -> None:
+    """Readers are given their time, by three nodes at once."""
     hub.set_bandwidth(10 * 1024 * 1024)
-    directory = node.mount(BIG)
-    reading = subprocess.Popen(["cat", str(directory / BIG_FILE)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: node.status()["origin_bytes"] > 0)
-    pids = [node.daemon(), *node.workers()]
-    os.kill(pids[0], number)
-    for pid in pids:
-        wait_for_end(pid, timeout_s=10)
-    reading.wait(timeout=10)
-    assert not [entry for entry in mounts() if entry.directory.startswith(str(node.path))]
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(Node(hub.endpoint)) for _ in range(3)]
+        readers = [stack.enter_context(background("sha256sum", node.mount(BIG) / BIG_FILE)) for node in nodes]
+        for node in nodes:
+            wait_until(lambda node=node: node.status()["origin_bytes"] > 0)  # type: ignore[misc]
+        pids = [pid for node in nodes for pid in node.processes()]
+        for node, number in zip(nodes, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP), strict=True):
+            os.kill(node.daemon(), number)
+        for pid in pids:
+            wait_for_end(pid, timeout_s=10)
+        for reader in readers:
+            reader.communicate(timeout=10)
+        assert not [e for e in mounts() for node in nodes if e.directory.startswith(str(node.path))]
 
 
 def test_foreground_stays_and_ends_with_its_mount(node: Node) -> None:

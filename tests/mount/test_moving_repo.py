@@ -21,6 +21,8 @@ from manta.testing.hub import (
 from manta.testing.hub.changes import Change
 from tests.mount.node import Node, background, run, wait_until
 
+pytestmark = pytest.mark.above_fuse
+
 MIB = 1024 * 1024
 REPO, TWIN, OTHER = "manta/moving", "manta/twin", "manta/other"
 TOKEN, NEXT_TOKEN = "hf_movingreader", "hf_movingreadersnext"  # of the test hub only

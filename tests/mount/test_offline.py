@@ -17,6 +17,8 @@ from manta.testing.hub.standard import MODEL
 from tests.mount.conftest import BIG, BIG_FILE
 from tests.mount.node import Node, background, run, wait_until
 
+pytestmark = pytest.mark.above_fuse
+
 MIB = 1024 * 1024
 SOON_S = 20.0
 """Within this a reader hears that the hub is out of reach: it takes 1.5 s, and a loaded machine its time. A reader's patience is 60 s."""

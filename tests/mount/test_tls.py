@@ -16,6 +16,8 @@ from tests.mount.node import Node, run
 REPO, FILE, SIZE = "org/name", "weights.bin", 9 * 1024 * 1024 + 1
 SPEC = HubSpec(repos=[RepoSpec(id=REPO, files={FILE: Generated("tls", SIZE)})])
 
+pytestmark = pytest.mark.above_fuse
+
 EXPIRED = datetime.datetime(2020, 2, 1, tzinfo=datetime.UTC)
 
 

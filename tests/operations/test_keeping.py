@@ -207,6 +207,7 @@ async def test_systemd_keeps_what_it_is_given(systemd: Systemd) -> None:
             assert [name for name, _ in systemd.kept] == ["fuse"]
             keeping.stopping()
             until(lambda: systemd.said[-1:] == ["STOPPING=1"])
+            assert systemd.kept == [], "systemd would give it to the daemon that `systemctl restart` starts"
             assert [text for text in systemd.said if text != "BARRIER=1"] == ["READY=1", "STOPPING=1"]
             assert keeping.problem is None
             await keeping.watch()

@@ -1,6 +1,6 @@
 """The soak: readers of every kind on mounts that come and go, in weather that gets bad and clears up again, and every byte compared.
 
-    python -m tests.soak --minutes 20 --seed 7
+    python -m tests.soak --minutes 20 --seed 7 --fuse kernel
 
 Bounded and seeded; pytest runs a few seconds of it (test_soak.py), not the soak itself.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from manta.testing.hub import HubProcess
-from tests.mount.node import Node, needs_fuse
+from tests.mount.node import SESSION, SESSIONS, Node, needs_fuse
 from tests.soak.content import Truth, spec
 from tests.soak.slots import Slot, Tally, commits_of
 from tests.soak.watch import Watch
@@ -102,12 +102,16 @@ def _counts(counts: Counter[str]) -> str:
 
 
 @contextmanager
-def soak(seed: int, folder: Path) -> Iterator[Soak]:
-    """A soak with its hub and its node; `folder` must not exist and goes at the end. Raises AssertionError where something stays behind."""
+def soak(seed: int, folder: Path, session: str) -> Iterator[Soak]:
+    """A soak with its hub and its node, which serves by the FUSE `session`; `folder` must not exist and goes at the end.
+
+    Raises AssertionError where something stays behind.
+    """
     folder.mkdir()
     try:
         truth = Truth(folder / "truth")
         settings = {
+            SESSION: session,
             "MANTA_CACHE_SIZE": CACHE_SIZE,
             "MANTA_CACHE_FREE_SPACE_FLOOR": "1MB",
             "MANTA_FETCH_STALL_S": "2",
@@ -125,11 +129,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep-log", type=Path, metavar="FILE", help="write the daemons' log there at the end")
+    parser.add_argument("--fuse", choices=SESSIONS, default=SESSIONS[0], help="the FUSE session; %(default)s")
     options = parser.parse_args(arguments)
     if reason := needs_fuse():
         print(reason, file=sys.stderr)
         return 2
-    with soak(options.seed, Path(tempfile.mkdtemp(prefix="manta-soak-")) / "run") as running:
+    with soak(options.seed, Path(tempfile.mkdtemp(prefix="manta-soak-")) / "run", options.fuse) as running:
         with running.running():
             over = time.monotonic() + 60 * options.minutes
             while (left := over - time.monotonic()) > 0:

@@ -17,7 +17,7 @@ from typing import Any
 from tests.mount.node import Node
 from tests.soak import reader
 from tests.soak.content import FLIPPED, MOVING, REPOS, File, Truth, files
-from tests.soak.weather import Almanac
+from tests.soak.weather import LOST, Almanac
 
 READERS = 3
 """Per slot."""
@@ -29,7 +29,7 @@ READ_SECONDS_MAX = 120.0
 """A reader that has not ended by then hangs: its file needs 2 s, and each of its reads has a deadline of 10 s."""
 
 GONE = {"ENOTCONN", "ECONNABORTED", "ENOENT", "ESTALE", "EIO", "ENODATA"}
-"""What readers of a mount see whose daemon was killed."""
+"""What readers of a mount see whose daemon was killed, where no keeper has it."""
 
 
 @dataclass
@@ -163,7 +163,8 @@ class Slot:
         ended = time.monotonic()
         seen: dict[str, Any] = json.loads(output) if process.returncode == 0 else {}
         error = seen.get("error") or ("" if seen else "SIGBUS" if process.returncode == -7 else errors.strip()[-200:])
-        excused = self._almanac.excuses(began, ended) or leaving.is_set()
+        lost = error in LOST and self._node.survives
+        excused = leaving.is_set() or (self._almanac.excuses(began, ended) and not lost)
         tally = self._tally
         with tally.lock:
             tally.reads += 1
@@ -173,14 +174,14 @@ class Slot:
                 tally.errors[error] += 1
                 tally.excused += excused
         if error and not excused:
-            tally.find(f"{what}: {error} in good weather")
+            tally.find(f"{what}: {error} {'whatever the weather' if lost else 'in good weather'}")
         if seen.get("wrong"):
             if repo == FLIPPED and seen["state"] != "sealed":
                 with tally.lock:
                     tally.streamed_wrong += 1
             else:
                 tally.find(f"{what}: WRONG BYTES at {seen['wrong']} ({seen['state']} when it began)")
-        if error in GONE and not path.parent.is_mount():
+        if error in GONE and not self._node.survives and not path.parent.is_mount():
             leaving.set()  # the daemon was killed: this mount is no more
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.node import needs_fuse
+from tests.mount.node import SESSIONS, needs_fuse
 from tests.soak.__main__ import soak
 
 REASON = needs_fuse()
@@ -15,8 +15,9 @@ REASON = needs_fuse()
 
 @pytest.mark.fuse
 @pytest.mark.skipif(bool(REASON), reason=REASON or "it can run")
-def test_a_few_seconds_of_it(tmp_path: Path) -> None:
-    with soak(seed=3, folder=tmp_path / "soak") as running:
+@pytest.mark.parametrize("session", SESSIONS)
+def test_a_few_seconds_of_it(tmp_path: Path, session: str) -> None:
+    with soak(3, tmp_path / "soak", session) as running:
         with running.running(weather=False):
             time.sleep(3)
             running.weather.storm(3.0)

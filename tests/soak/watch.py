@@ -19,6 +19,7 @@ STUCK_LOOKS = 10
 
 DAEMON_RSS_MAX = 400_000_000
 DAEMON_FDS_MAX = 400
+KEEPER_RSS_MAX = 40_000_000
 
 _COMPLAINT = re.compile(r"Traceback|unforeseen|ERROR|CRITICAL|never retrieved|RuntimeWarning|Exception ignored")
 
@@ -43,11 +44,11 @@ class Watch:
             self.look()
 
     def look(self) -> None:
-        daemons = set(self.node.processes_of("daemon"))
+        daemons, keepers = set(self.node.daemons()), set(self.node.keepers())
         self.daemons |= daemons
         stuck: Counter[int] = Counter()
         for pid in self.node.processes():
-            role = "daemon" if pid in daemons else "worker"
+            role = "daemon" if pid in daemons else "keeper" if pid in keepers else "worker"
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
                 fds = len(list(Path(f"/proc/{pid}/fd").iterdir()))
@@ -68,6 +69,8 @@ class Watch:
         self.look()
         if self.rss_max["daemon"] > DAEMON_RSS_MAX:
             self.tally.find(f"the daemon had {self.rss_max['daemon'] / 1e6:.0f} MB of memory")
+        if self.rss_max["keeper"] > KEEPER_RSS_MAX:
+            self.tally.find(f"the keeper had {self.rss_max['keeper'] / 1e6:.0f} MB of memory")
         if self.fds_max["daemon"] > DAEMON_FDS_MAX:
             self.tally.find(f"the daemon had {self.fds_max['daemon']} descriptors open")
 

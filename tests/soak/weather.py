@@ -20,7 +20,7 @@ from typing import Any
 from manta.testing.hub import HubError, HubProcess, faults
 from manta.testing.hub.faults import Action
 from manta.testing.hub.routes import Origin
-from tests.mount.node import Node
+from tests.mount.node import Node, send
 from tests.soak.content import COMMITS, FLIPPED, MOVING
 
 BAD_S = (8.0, 35.0)
@@ -60,6 +60,13 @@ ACTIONS: list[tuple[Action, dict[str, Any]]] = [
     (faults.Flip(offset=16_000_000), {"origin": "cdn", "repo": FLIPPED}),
     (faults.WrongRange(shift=-4096, body=True), {"origin": "cdn", "repo": FLIPPED}),
 ]
+
+
+KEEPER_S = 3.0
+"""In this time a daemon has another keeper."""
+
+LOST = {"ENOTCONN", "ECONNABORTED"}
+"""What readers see of a filesystem that nobody has any more. Where a keeper has it no weather excuses that."""
 
 
 @dataclass
@@ -106,6 +113,8 @@ class Weather:
             self._move: 2,
             self._collect: 2,
         }
+        if self._node.survives:
+            events |= {self._kill_daemon: 2, self._kill_daemon_and_workers: 1, self._kill_keeper: 1, self._restart: 1}
         try:
             while time.monotonic() < began + seconds and not stop.is_set():
                 [event] = self._random.choices(list(events), list(events.values()))
@@ -157,12 +166,27 @@ class Weather:
         return pid
 
     def _kill_daemon(self, _stop: threading.Event) -> None:
-        daemons = self._node.processes_of("daemon")
-        for pid in daemons:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                self.almanac.kills.append(time.monotonic())
-                self.almanac.counts["daemon killed"] += 1
+        for pid in self._node.daemons():
+            send(pid, signal.SIGKILL)
+            self.almanac.kills.append(time.monotonic())
+            self.almanac.counts["daemon killed"] += 1
+
+    def _kill_daemon_and_workers(self, stop: threading.Event) -> None:
+        self._kill_daemon(stop)
+        for pid in self._node.processes_of("manta.worker"):
+            send(pid, signal.SIGKILL)
+
+    def _kill_keeper(self, stop: threading.Event) -> None:
+        """Alone, and long enough before anything else that the daemon can have another: who loses both has lost the filesystem."""
+        for pid in self._node.keepers():
+            send(pid, signal.SIGKILL)
+            self.almanac.counts["keeper killed"] += 1
+        stop.wait(KEEPER_S)
+
+    def _restart(self, _stop: threading.Event) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = self._node.manta("restart", code=None, timeout_s=60)
+            self.almanac.counts["restarted" if done.returncode == 0 else "restart refused"] += 1
 
     def _move(self, _stop: threading.Event) -> None:
         self.almanac.counts["branch moved"] += 1
