@@ -50,7 +50,7 @@ from manta.fetch.transfer import Transfer
 from manta.fetch.workers import WorkerPool
 from manta.fs.filesystem import Filesystem
 from manta.fs.journal import Journal, NoJournal, Recovered
-from manta.fuse.rootmount import RootMount, detach_stale, first_of, make
+from manta.fuse.rootmount import RootMount, detach_stale, first_of, make, refuse_if_held
 from manta.hub.catalog import Catalog
 from manta.hub.circuit import Circuits
 from manta.hub.huggingface import HuggingFaceHub
@@ -634,19 +634,19 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
     ready = _Readiness(ready_fd)
     try:
         config.make_instance_dir()
-        with (
-            contextlib.ExitStack() as end,
-            Keeping.from_environment() as keeping,
-            Store(
+        with contextlib.ExitStack() as end, Keeping.from_environment() as keeping:
+            if os.geteuid() == 0 and not keeping.inherited:
+                # Before the cache is locked, because whose mount it is may want to lock it meanwhile.
+                refuse_if_held(config.mount_root)
+            with Store(
                 config.cache.dir,
                 descriptors_max=descriptors.allowance(),
                 journal=config.instance_dir / "condemned.json",
-            ) as store,
-        ):
-            daemon = Daemon(config, store, ephemeral, keeping)
-            # Outside of the store too: a disk may be slow to close it.
-            watchdog = end.enter_context(Watchdog(daemon.abort))
-            trio.run(daemon.run, ready, watchdog)
+            ) as store:
+                daemon = Daemon(config, store, ephemeral, keeping)
+                # Outside of the store too: a disk may be slow to close it.
+                watchdog = end.enter_context(Watchdog(daemon.abort))
+                trio.run(daemon.run, ready, watchdog)
     except BaseException as e:
         error = _error_of(e)
         if error is None:

@@ -22,7 +22,6 @@ and readers get ENOTCONN instead of waiting. Of a daemon that it adopted it cann
 from __future__ import annotations
 
 import argparse
-import errno
 import fcntl
 import os
 import select
@@ -72,6 +71,21 @@ def socket_path(runtime: str, keeper: int) -> str:
     return f"{runtime}/keep.{keeper}"
 
 
+def is_there(runtime: str) -> bool:
+    """Whether a keeper listens there: then a daemon runs, or is about to."""
+    return any(lives for _, lives in _sockets(runtime))
+
+
+def _sockets(runtime: str) -> list[tuple[str, bool]]:
+    """The sockets of keepers in `runtime`, each with whether somebody listens."""
+    found = []
+    for name in os.listdir(runtime):
+        if name.startswith("keep."):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+                found.append((f"{runtime}/{name}", probe.connect_ex(f"{runtime}/{name}") == 0))
+    return found
+
+
 class _Leave(Exception):
     """The keeper's end. Its arguments are the exit status and, where a person should know, the reason."""
 
@@ -101,10 +115,9 @@ class Keeper:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # a daemon that starts its keeper has them blocked
-        for name in os.listdir(runtime):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe, suppress(OSError):
-                if name.startswith("keep.") and probe.connect_ex(f"{runtime}/{name}") == errno.ECONNREFUSED:
-                    os.unlink(f"{runtime}/{name}")  # a killed keeper's
+        for path in [path for path, lives in _sockets(runtime) if not lives]:
+            with suppress(OSError):
+                os.unlink(path)  # a killed keeper's
         self._path = socket_path(runtime, os.getpid())
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)

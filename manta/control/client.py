@@ -251,6 +251,15 @@ def ensure_daemon(config: Config, *, deadline_s: float = START_S) -> Client:
             time.sleep(RETRY_S)
             continue
         config.make_instance_dir()
+        if keeper.is_there(str(config.instance_dir)):
+            # Its daemon has just ended or is not ready yet: a rival of the next one would take the mounts away from it.
+            if time.monotonic() >= deadline:
+                raise Unavailable(
+                    f"The daemon of {config.cache.dir} ended, and its keeper has not brought another up within {deadline_s:g} s;"
+                    f" the log {config.log_path} says why. It gives up within a minute: try again then."
+                )
+            time.sleep(RETRY_S)
+            continue
         with _start_lock(config, deadline):
             try:
                 client.status(timeout_s=max(RETRY_S, deadline - time.monotonic()))

@@ -17,7 +17,7 @@ from typing import Protocol
 import trio
 
 from manta.config import FuseConfig
-from manta.control.binding import MOUNTINFO, mounted_at, mounts, unbind
+from manta.control.binding import MOUNTINFO, Answer, mounted_at, mounts, probe, unbind
 from manta.errors import InUse, MantaError, Unavailable
 from manta.fs.filesystem import Filesystem
 from manta.fuse import device, kernel_settings
@@ -32,6 +32,9 @@ INIT_SECONDS_MAX = 10.0
 UNMOUNT_SECONDS = 5.0
 """How long readers may go on with what they have open after the daemon was told to stop. Then the FUSE connection is aborted, and they get
 errors. The bound on the whole end is the watchdog's."""
+
+HELD_SECONDS = 2.0
+"""A mount that nobody holds answers in a millisecond, that it is dead."""
 
 MOUNTINFO_SECONDS = 5.0
 """mountinfo is looked at this often also when the kernel announces no change."""
@@ -292,6 +295,17 @@ def _unmount_all(mounted: str) -> None:
                 unbind(entry.directory, lazy=True)
             except MantaError as e:
                 log.info("%s could not be unmounted: %s", entry.directory, e.message)
+
+
+def refuse_if_held(root: Path) -> None:
+    """SLOW: raises InUse where what is mounted on `root` waits for a daemon that somebody else is starting: to detach it would end mounts
+    that go on in a moment. One that nobody holds answers at once, that it is dead."""
+    entry = mounted_at(str(root))
+    if entry is not None and entry.is_manta and probe(str(root), timeout_s=HELD_SECONDS) is Answer.SILENT:
+        raise InUse(
+            f"{root} is held for a daemon that its keeper is starting: try again in a moment. If none comes, `umount --lazy {root}` ends"
+            " what is mounted."
+        )
 
 
 def detach_stale(root: Path) -> None:
