@@ -60,7 +60,6 @@ class Node:
             "MANTA_DAEMON_RUNTIME_DIR": str(self.path / "run"),
             "MANTA_CONFIG": "/dev/null",
             "PYTHONPATH": str(Path(__file__).parents[2]),
-            "MANTA_FUSE_COMPLETE_AT_OPEN": "16MiB",  # so that files of many chunks are large ones here too
             **({SESSION: os.environ[SESSION]} if SESSION in os.environ else {}),
             **(environment or {}),
         }

@@ -305,7 +305,7 @@ def _run_node_case(hub: HubProcess, node: Node, directory: Path, case: NodeCase,
     paused = [
         e for e in ours if e.origin == entry.origin
     ]  # a pause of the CDN's does not keep files from learning where they are
-    results.during_pause[case] = [e for e in paused if over + 0.15 < e.started < over + case.pause_s]
+    results.during_pause[case] = [e for e in paused if over + 0.5 < e.started < over + case.pause_s]
     seen.requests = sum(e.file == case.path for e in ours)
 
 

@@ -17,6 +17,9 @@ from tests.mount.conftest import BIG, BIG_FILE
 from tests.mount.node import Node, background, wait_for_end, wait_until
 
 
+pytestmark = pytest.mark.only("kernel")
+
+
 def keeper_of(node: Node) -> int:
     return int(node.status()["keeper"].removeprefix("pid ").split(",")[0])
 

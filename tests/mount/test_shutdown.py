@@ -109,16 +109,29 @@ def test_a_daemon_that_is_killed_leaves_nobody_waiting(
 
 
 SLOW_DISK = {
-    "sync": "os.fdatasync = hang",
+    "sync": """
+sync = os.fdatasync
+def fdatasync(fd):
+    hang_at(fd, ".data")
+    sync(fd)
+os.fdatasync = fdatasync
+""",
     "map": """
 write = os.pwrite
 def pwrite(fd, data, at):
-    if os.readlink(f"/proc/self/fd/{fd}").endswith(".map") and at:
-        hang()
+    if at:
+        hang_at(fd, ".map")
     return write(fd, data, at)
 os.pwrite = pwrite
 """,
 }
+HANG = """
+import os, time
+def hang_at(fd, suffix):
+    if os.readlink(f"/proc/self/fd/{fd}").endswith(suffix):
+        open(os.path.dirname(__file__) + "/hangs", "w")
+        time.sleep(120)
+"""
 """What a cache disk that hangs looks like from the daemon: syncs in a thread, chunk maps in the main one."""
 
 
@@ -126,8 +139,7 @@ os.pwrite = pwrite
 def test_a_disk_that_hangs_does_not_keep_the_daemon(hub: HubProcess, node: Node, call: str) -> None:
     site = node.path / "site"
     site.mkdir()
-    hang = f"import os, time\ndef hang(*_):\n    open({str(site / 'hangs')!r}, 'w')\n    time.sleep(120)\n"
-    (site / "sitecustomize.py").write_text(hang + SLOW_DISK[call])
+    (site / "sitecustomize.py").write_text(HANG + SLOW_DISK[call])
     fast = node.environment["PYTHONPATH"]
     node.environment["PYTHONPATH"] = f"{site}:{fast}"
     directory = node.mount(BIG)
