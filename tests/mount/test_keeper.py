@@ -14,8 +14,7 @@ import pytest
 from manta.testing.hub import HubProcess
 from manta.testing.hub.standard import MODEL
 from tests.mount.conftest import BIG, BIG_FILE
-from tests.mount.node import Node, background, wait_for_end, wait_until
-
+from tests.mount.node import Node, background, run, wait_for_end, wait_until
 
 pytestmark = pytest.mark.only("kernel")
 
@@ -150,3 +149,39 @@ def test_an_unkept_daemon_says_so(node: Node) -> None:
         assert "no keeper" in refused.stderr
         process.terminate()
         assert process.wait(timeout=20) == 0
+
+
+def test_who_mounts_while_there_is_no_daemon_waits_for_the_next_one(hub: HubProcess, node: Node) -> None:
+    """A rival started by `manta mount` would detach what the keeper holds."""
+    first = node.mount(MODEL)
+    daemon, keeper = node.daemon(), keeper_of(node)
+    os.kill(keeper, signal.SIGSTOP)  # so that it does not start the next one at once
+    try:
+        os.kill(daemon, signal.SIGKILL)
+        second = node.directory()
+        with background(sys.executable, "-m", "manta", "mount", BIG, str(second), env=node.environment) as mounting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                mounting.wait(timeout=2)
+            os.kill(keeper, signal.SIGCONT)
+            output, errors = mounting.communicate(timeout=40)
+            assert mounting.returncode == 0, output + errors
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    assert keeper_of(node) == keeper
+    assert sorted(m["directory"] for m in node.status()["mounts"]) == sorted([str(first), str(second)])
+    run('cat "$1/config.json"', first)
+
+
+def test_a_rival_daemon_is_refused_while_the_mounts_wait_for_the_next_one(node: Node) -> None:
+    directory = node.mount(MODEL)
+    daemon, keeper = node.daemon(), keeper_of(node)
+    os.kill(keeper, signal.SIGSTOP)
+    try:
+        os.kill(daemon, signal.SIGKILL)
+        wait_for_end(daemon)
+        done = node.manta("daemon", "--unkept", code=1)
+        assert "is held for a daemon that its keeper is starting" in done.stderr
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    wait_until(lambda: serving(node))
+    run('cat "$1/config.json"', directory)
