@@ -245,7 +245,10 @@ class Keeper:
         if (unready_s := now - self._unready_since) >= self._give_up_after_s:
             raise _Leave(status or 1, f"{ended}; none was ready for {unready_s:.0f} s: giving up, its mounts end now")
         pause_s = min(PAUSE_S_MAX, PAUSE_S * 2 ** (self._short_lives - 1)) if self._short_lives else 0.0
-        _say("WARNING", f"{ended}: the next one starts in {pause_s:g} s and gets {', '.join(self._kept) or 'nothing'}")
+        _say(
+            "INFO" if asked else "WARNING",
+            f"{ended}: the next one starts in {pause_s:g} s and gets {', '.join(self._kept) or 'nothing'}",
+        )
         return pause_s
 
     # What comes in ---------------------------------------------------------------------------------------------------

@@ -294,7 +294,8 @@ def _daemon(config: Config) -> Check:
         return Check("daemon", "ok", f"none runs for {config.cache.dir}; `manta mount` starts one")
     except MantaError as error:
         return Check("daemon", "fail", error.message, f"Its log: {config.log_path}")
-    found = f"pid {seen.pid}, version {seen.version}, {len(seen.mounts)} mounts, fuse session {seen.fuse}"
+    survival = f"mounts end with it: {seen.survival_refusal}" if seen.survival_refusal else "mounts outlive it"
+    found = f"pid {seen.pid}, version {seen.version}, {len(seen.mounts)} mounts, {seen.fuse} session, {survival}"
     if seen.errors:
         return Check("daemon", "warn", f"{found}; latest error: {seen.errors[-1]}", f"Its log: {config.log_path}")
     return Check("daemon", "ok", found)
