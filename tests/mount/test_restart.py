@@ -25,8 +25,8 @@ KILLS = int(os.environ.get("MANTA_TEST_KILLS", "6"))
 SEED = int(os.environ.get("MANTA_TEST_SEED", "1"))
 REPO, FILE, CONTENT = "manta/load", "weights.bin", "restart"
 MIB = 1024 * 1024
-SIZE = KILLS * 24 * MIB + 777
-BANDWIDTH = 60 * MIB
+SIZE = KILLS * 36 * MIB + 777
+BANDWIDTH = 40 * MIB
 """So slow that a life of the daemon is over before the file is, so fast that it finishes a few chunks."""
 
 LIFE_BYTES_MAX = 30 * MIB
