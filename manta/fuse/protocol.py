@@ -20,11 +20,10 @@ MINOR_MIN = 27
 REQUEST_BYTES_MAX = 16 * 1024
 """A buffer for any request: the kernel wants 8 KiB for a session that takes no writes; more lets it forget more inodes at once."""
 
-PAGE_BYTES = 4096
 READ_PAGES_MAX = 256
-"""Pages of one read: 1 MiB, the kernel's own limit (fs.fuse.max_pages_limit) unless an administrator has raised that."""
+"""Pages (of 4 KiB) of one read: 1 MiB, the kernel's own limit (fs.fuse.max_pages_limit) unless an administrator has raised that."""
 
-_WRITE_BYTES = PAGE_BYTES
+_WRITE_BYTES = 4096
 """The least the protocol allows; nothing is ever written."""
 
 
@@ -246,8 +245,6 @@ _STATX = struct.Struct("<QII16xIIQIIIHHQQQQqIiqIiqIiqIiIIII112x")
 
 _STATX_BASIC = 0x7FF
 """STATX_BASIC_STATS: all that stat(2) tells."""
-
-HEADER_BYTES = _OUT_HEADER.size
 
 
 def header(unique: int, length: int) -> bytes:
