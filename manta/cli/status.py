@@ -37,7 +37,7 @@ def _say_daemon(console: Console, seen: Status) -> None:
         f"hub      {seen.endpoint}{' (offline: only what is cached)' if seen.offline else ''}",
         f"cache    {seen.cache_dir}: {size(seen.cache_bytes)}{limit}, {size(seen.disk_free)} free on its disk",
         f"origin   {rate(seen.origin_rate)} now, {size(seen.origin_bytes)} since the daemon started",
-        f"readers  {size(seen.read_bytes)} since the daemon started, beside what the kernel's page cache served",
+        f"readers  {size(seen.read_bytes)} since the daemon started, beside what the kernel served by itself",
     )
 
 

@@ -150,7 +150,8 @@ class Status(msgspec.Struct, frozen=True):
     origin_bytes: int
     """Bytes taken from the origin since the daemon started."""
     read_bytes: int
-    """Bytes served to readers since the daemon started; reads that the kernel's page cache served never arrive here."""
+    """Bytes served to readers since the daemon started; what the kernel served by itself, from its page cache or from complete
+    files, never arrives here."""
     workers: int
     errors: list[str]
     """The latest sentences, newest last, at most 16."""
