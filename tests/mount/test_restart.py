@@ -25,12 +25,12 @@ KILLS = int(os.environ.get("MANTA_TEST_KILLS", "6"))
 SEED = int(os.environ.get("MANTA_TEST_SEED", "1"))
 REPO, FILE, CONTENT = "manta/load", "weights.bin", "restart"
 MIB = 1024 * 1024
-SIZE = KILLS * 36 * MIB + 777
-BANDWIDTH = 40 * MIB
+SIZE = KILLS * 48 * MIB + 777
+BANDWIDTH = 60 * MIB
 """So slow that a life of the daemon is over before the file is, so fast that it finishes a few chunks."""
 
-LIFE_BYTES_MAX = 30 * MIB
-"""What the hub sends at most, and on average half of it, before the next kill: less than the file has for each."""
+LIFE_BYTES_MIN, LIFE_BYTES_MAX = 16 * MIB, 40 * MIB
+"""What the hub sends before the next kill: enough for a chunk to be finished by two readers at once, and less than the file has for each."""
 
 GONE = 7
 """The exit code of a reader whose daemon was killed."""
@@ -96,7 +96,7 @@ def test_a_daemon_that_is_killed_again_and_again_loses_nothing_finished() -> Non
                     for how in ("in order", f"seed {SEED} {kill}")
                 ]
             # So many bytes later, and not so much time: a loaded machine must not make all its lives too short to finish anything.
-            enough = hub.blob_traffic(REPO, FILE).sent + chance.uniform(0, LIFE_BYTES_MAX)
+            enough = hub.blob_traffic(REPO, FILE).sent + chance.uniform(LIFE_BYTES_MIN, LIFE_BYTES_MAX)
             wait_until(lambda enough=enough: hub.blob_traffic(REPO, FILE).sent >= enough)  # type: ignore[misc]
             with node.unattended():  # for as long as its cache is looked at
                 pids = [*node.daemons(), *node.processes_of("manta.worker")]
