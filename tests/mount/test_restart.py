@@ -30,7 +30,7 @@ BANDWIDTH = 60 * MIB
 """So slow that a life of the daemon is over before the file is, so fast that it finishes a few chunks."""
 
 LIFE_BYTES_MIN, LIFE_BYTES_MAX = 16 * MIB, 40 * MIB
-"""What the hub sends before the next kill: enough for a chunk to be finished by two readers at once, and less than the file has for each."""
+"""What the hub sends before the next kill: enough for two readers at once to finish a chunk, and less than the file has for each."""
 
 GONE = 7
 """The exit code of a reader whose daemon was killed."""
