@@ -70,6 +70,10 @@ LOG_BYTES_MAX = 4 * 1024 * 1024
 _Answer = TypeVar("_Answer")
 
 
+class WentAway(Unavailable):
+    """The daemon ended while it was asked: it was leaving, or it was killed."""
+
+
 class Client:
     """One daemon's control API. Opens no connection until it is asked something; raises NotRunning when nobody listens."""
 
@@ -152,7 +156,7 @@ class Client:
                 f" its log is {self.socket_path.with_name('daemon.log')}."
             ) from error
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(
+            raise WentAway(
                 f"The Manta daemon at {self.socket_path} went away before it answered ({error or type(error).__name__});"
                 f" its log is {self.socket_path.with_name('daemon.log')}."
             ) from error
@@ -281,12 +285,18 @@ def ensure_daemon(config: Config, *, deadline_s: float = START_S) -> Client:
 
 
 def with_daemon(config: Config, ask: Callable[[Client], _Answer], *, deadline_s: float = START_S) -> _Answer:
-    """What `ask` returns. An ephemeral daemon may leave between being found and being asked: then the next one is asked."""
+    """What `ask` returns. An ephemeral daemon may leave between being found and being asked: then the next one is asked; and once more where
+    one ends while it is asked."""
     deadline = time.monotonic() + deadline_s
+    ended = 0
     while True:
         client = ensure_daemon(config, deadline_s=max(RETRY_S, deadline - time.monotonic()))
         try:
             return ask(client)
+        except WentAway:
+            ended += 1
+            if ended > 1:
+                raise
         except NotRunning:
             if time.monotonic() >= deadline:
                 raise

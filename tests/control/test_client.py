@@ -348,6 +348,26 @@ def test_a_daemon_that_leaves_between_being_found_and_being_asked_is_replaced(
     assert len(daemon.asked("POST", "/v1/mounts")) == 2
 
 
+@pytest.mark.parametrize("ends", [1, 2])
+def test_a_daemon_that_ends_while_it_is_asked_is_followed_by_another_once(
+    config: Config, daemon: FakeDaemon, ends: int
+) -> None:
+    asked: list[object] = []
+
+    def ask(client: Client) -> str:
+        asked.append(client)
+        if len(asked) <= ends:
+            raise module.WentAway("The daemon went away before it answered.")
+        return "an answer"
+
+    if ends == 1:
+        assert with_daemon(config, ask) == "an answer"
+    else:
+        with pytest.raises(Unavailable, match="went away"):
+            with_daemon(config, ask)
+    assert len(asked) == 2
+
+
 def test_an_error_that_is_the_answer_is_not_asked_for_twice(config: Config, daemon: FakeDaemon) -> None:
     daemon.refusals["POST /v1/mounts"] = [Unavailable("The hub cannot be reached.")]
     with pytest.raises(Unavailable, match="hub"):
