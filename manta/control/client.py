@@ -285,7 +285,7 @@ def ensure_daemon(config: Config, *, deadline_s: float = START_S) -> Client:
 
 
 def with_daemon(config: Config, ask: Callable[[Client], _Answer], *, deadline_s: float = START_S) -> _Answer:
-    """What `ask` returns. An ephemeral daemon may leave between being found and being asked: then the next one is asked; and once more where
+    """What `ask` returns. An ephemeral daemon may leave between being found and being asked: then the next is asked; and once more where
     one ends while it is asked."""
     deadline = time.monotonic() + deadline_s
     ended = 0
