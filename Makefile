@@ -15,8 +15,7 @@ demo: .venv/.installed-demo
 
 test: .venv/.installed-dev
 	$(MAKE) --no-print-directory check
-	$(PY) -m pytest --ignore tests/mount
-	$(PY) -m pytest -n 3 --dist loadfile tests/mount  # they wait more than they compute
+	$(PY) -m pytest
 
 check: .venv/.installed-dev
 	.venv/bin/ruff format --check .
