@@ -183,12 +183,14 @@ def _remove(name: str, subnet: int) -> None:
 
 
 def _end_processes(name: str) -> None:
-    """Ends whatever runs in the namespace, politely first."""
-    for signum, patience_s in ((signal.SIGTERM, END_TIMEOUT_S), (signal.SIGKILL, END_TIMEOUT_S)):
-        deadline = time.monotonic() + patience_s
-        for pid in _pids(name):
-            _signal(pid, signum)
-        while _pids(name) and time.monotonic() < deadline:
+    """Ends whatever runs in the namespace, politely first: each process hears each signal once, also one that enters meanwhile."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + END_TIMEOUT_S
+        told: set[int] = set()
+        while (pids := set(_pids(name))) and time.monotonic() < deadline:
+            for pid in pids - told:
+                _signal(pid, signum)
+            told |= pids
             time.sleep(0.02)
 
 
