@@ -28,6 +28,9 @@ SOCKET_PATH_MAX = 107
 """Bytes of a unix socket's path: sockaddr_un has 108 with the final NUL."""
 
 
+SWARM_KEY_VARIABLE = "MANTA_SWARM_KEY"
+"""The cluster's shared key, instead of `swarm.key_file`. Like the hub's token it is in no section."""
+
 FUSE_FEATURES = ("passthrough", "resend", "readdirplus", "max_pages")
 """What `fuse.without` may name."""
 
@@ -93,12 +96,41 @@ class DaemonConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SwarmConfig:
+    peers: str = ""
+    """Who the other nodes are: static:HOST:PORT,..., dns:NAME:PORT or kubernetes:NAMESPACE/SERVICE; empty: there are none."""
+    listen: str = "127.0.0.1:9402"
+    """HOST:PORT that other nodes reach this one at. Beyond loopback only with a key."""
+    key_file: str = ""
+    """A file with the cluster's shared key, or two of them while one is replaced. Also the variable MANTA_SWARM_KEY."""
+    tls_certificate: str = ""
+    """PEM file of this node's certificate, with its chain; empty: plain HTTP."""
+    tls_key: str = ""
+    """PEM file of the certificate's key."""
+    tls_authorities: str = ""
+    """PEM file of the authorities that the other nodes' certificates come from."""
+    tls_name: str = ""
+    """The name in the other nodes' certificates; empty: the host by which each is reached."""
+    slots: int = 8
+    """Chunks that are given to others at a time, 1 to 256."""
+    downloads: int = 16
+    """Chunks that come from others at a time, 1 to 256."""
+    upload_rate: int = 0
+    """Bytes per second to other nodes, at most; 0 is no limit."""
+    download_rate: int = 0
+    """Bytes per second from other nodes, at most; 0 is no limit."""
+    share: str = "all"
+    """all, or public: blobs of private and gated repos are not given to other nodes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     fuse: FuseConfig = field(default_factory=FuseConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    swarm: SwarmConfig = field(default_factory=SwarmConfig)
 
     @property
     def instance_dir(self) -> Path:
@@ -428,7 +460,59 @@ def _some(*allowed: str) -> _Kind:
     return _Kind(f"nothing, or some of {', '.join(allowed)}, separated by commas", read)
 
 
+def _read_file(value: object, home: Path) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError
+    path = _path_below(home, value)
+    if value and not path.is_absolute():
+        raise ValueError
+    return str(path) if value else ""
+
+
+def parse_peers(text: str) -> tuple[str, tuple[str, ...]]:
+    """What `swarm.peers` names: "static" and addresses, "dns" and one NAME:PORT, "kubernetes" and NAMESPACE, SERVICE; "" for nobody.
+
+    Raises ValueError.
+    """
+    text = text.strip()
+    if not text:
+        return "", ()
+    kind, colon, rest = text.partition(":")
+    named = tuple(part.strip() for part in rest.split(",") if part.strip())
+    if kind == "kubernetes":
+        namespace, _, service = rest.partition("/")
+        if not all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name) for name in (namespace, service)):
+            raise ValueError
+        return kind, (namespace, service)
+    if kind not in {"static", "dns"} or not colon or not named or (kind == "dns" and len(named) != 1):
+        raise ValueError
+    for address in named:
+        if (parsed := parse_address(address)) is None or parsed.path:
+            raise ValueError
+    return kind, named
+
+
+def _read_peers(value: object, _home: Path) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    parse_peers(value)
+    return value.strip()
+
+
+def _read_name(value: object, _home: Path) -> str:
+    if not isinstance(value, str) or (value and not re.fullmatch(r"[A-Za-z0-9.:-]{1,253}", value)):
+        raise ValueError
+    return value
+
+
+def _read_listen(value: object, _home: Path) -> str:
+    if not isinstance(value, str) or (address := parse_address(value)) is None or address.path:
+        raise ValueError
+    return str(address)
+
+
 _DIRECTORY = _Kind("a directory's path", _read_path)
+_FILE = _Kind("a file's absolute path, or nothing", _read_file)
 _BYTES = _Kind(SIZE_ALLOWED, _read_size)
 _SWITCH = _Kind("true or false", _read_switch)
 
@@ -452,6 +536,20 @@ _KINDS: Mapping[str, _Kind] = {
     "daemon.log_level": _choice("debug", "info", "warning", "error"),
     "daemon.log_format": _choice("text", "json"),
     "daemon.metrics": _Kind('HOST:PORT, such as "127.0.0.1:9401", or unix:PATH, or nothing for off', _read_address),
+    "swarm.peers": _Kind(
+        'nothing, "static:HOST:PORT,...", "dns:NAME:PORT" or "kubernetes:NAMESPACE/SERVICE"', _read_peers
+    ),
+    "swarm.listen": _Kind('HOST:PORT, such as "127.0.0.1:9402" or "0.0.0.0:9402"', _read_listen),
+    "swarm.key_file": _FILE,
+    "swarm.tls_certificate": _FILE,
+    "swarm.tls_key": _FILE,
+    "swarm.tls_authorities": _FILE,
+    "swarm.tls_name": _Kind("a host name, or nothing", _read_name),
+    "swarm.slots": _count(1, 256),
+    "swarm.downloads": _count(1, 256),
+    "swarm.upload_rate": _BYTES,
+    "swarm.download_rate": _BYTES,
+    "swarm.share": _choice("all", "public"),
 }
 """What each value may be. A new field needs its line here; tests/test_config.py holds both to each other."""
 
@@ -505,6 +603,8 @@ FLAGS: Mapping[str, str] = {
     "daemon.log_level": "--log-level",
     "daemon.log_format": "--log-format",
     "daemon.metrics": "--metrics",
+    "swarm.peers": "--peers",
+    "swarm.listen": "--listen",
 }
 """The settings that have a flag of their own; `--set SECTION.FIELD=VALUE` reaches them all."""
 
@@ -521,7 +621,7 @@ def _from_environment(env: Mapping[str, str]) -> Iterable[tuple[str, object, Ori
     for name in sorted(name for name in env if name.startswith("MANTA_")):
         if name in keys:
             yield keys[name], env[name], Origin("environment", name)
-        elif name != "MANTA_CONFIG" and not _SERVICE_LINK.fullmatch(name):
+        elif name not in {"MANTA_CONFIG", SWARM_KEY_VARIABLE} and not _SERVICE_LINK.fullmatch(name):
             hint = did_you_mean(name, keys)
             if hint or name.startswith(tuple(f"MANTA_{section.upper()}_" for section in _SECTIONS)):
                 raise Invalid(

@@ -26,24 +26,29 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"errors", "model"},
     "wire": {"errors", "model"},
     "hub": {"errors", "model", "config"},
+    # What nodes say to each other and by which rules; and the process that says it, which reads the cache's files and never writes them.
+    "swarm": {"errors", "model", "wire", "cache.chunkmap", "cache.digests", "cache.incarnation", "cache.layout", "config"},
     # What the daemon tells about itself: called by the data path, knows nothing of it.
     "telemetry": {"errors", "model", "wire"},
     # The data path, each on the one before. Of the hub it knows the values; who asks the hub is the daemon.
-    "fetch": {"errors", "model", "config", "cache", "wire", "hub.circuit", "hub.origin", "hub.quota", "telemetry"},
+    "fetch": {
+        "errors", "model", "config", "cache", "wire", "hub.circuit", "hub.origin", "hub.quota", "telemetry", "swarm.choice",
+        "swarm.ownership", "swarm.protocol", "swarm.auth",
+    },
     "fs": {"errors", "model", "fetch", "hub.origin", "telemetry"},
     "fuse": {"errors", "config", "fs", "control.binding"},
     # The worker process: the wire, the digests that it computes where it writes, and how to read a hub's request to wait.
-    "worker": {"errors", "model", "wire", "cache.digests", "hub.quota"},
+    "worker": {"errors", "model", "wire", "cache.digests", "hub.quota", "swarm.auth", "swarm.protocol"},
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
     "operations": {
         "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "keeper", "telemetry",
-        "wire.messages",
+        "wire.messages", "swarm.auth", "swarm.ownership", "swarm.protocol",
     },
     "control": {"errors", "model", "config", "keeper"},
     "cli": {"errors", "model", "config", "control", "keeper"},
     # The composition root, the fakes, and `python -m manta`.
     "daemon": {
-        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry",
+        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry", "swarm.auth",
     },
     "testing": {"errors", "model", "config", "cache", "wire", "fetch", "worker"},
     "__main__": {"cli"},
@@ -58,8 +63,8 @@ LAZY: dict[str, set[str]] = {
 """What may be imported besides, inside functions only."""
 
 LIBRARIES: dict[str, set[str]] = {
-    "aiohttp": {"testing"},
-    "asyncio": {"worker", "testing"},
+    "aiohttp": {"swarm", "testing"},
+    "asyncio": {"swarm", "worker", "testing"},
     "trio": {
         "hub", "fetch", "fs", "fuse", "operations", "control.http", "control.metrics", "control.server", "daemon", "testing.workers",
     },
@@ -67,8 +72,8 @@ LIBRARIES: dict[str, set[str]] = {
     "h11": {"control.http", "worker"},
     "prometheus_client": {"telemetry.metrics"},
     "huggingface_hub": {"hub", "testing"},
-    "lz4": {"cache"},
-    "xxhash": {"cache"},
+    "lz4": {"cache", "swarm", "worker"},
+    "xxhash": {"cache", "swarm.ownership"},
     "requests": set(),
 }  # fmt: skip
 """Where each library may be known. A part that is not named must run, and be tested, without it."""

@@ -35,7 +35,7 @@ def judge(failure: Failed, attempts: int) -> Verdict:
     """
     pause = min(PAUSE_SECONDS * 2 ** (attempts - 2), PAUSE_SECONDS_MAX) if attempts > 1 else 0.0
     match failure.reason:
-        case "cancelled":
+        case "cancelled" | "busy":
             return Verdict(retry=True)
         case "throttled":
             # The wait is the origin's own word, and waiting costs it nothing: it does not count towards giving up. Readers have

@@ -53,6 +53,42 @@ class Fetch(Message, frozen=True, tag="fetch"):
     """A reader waits for these bytes: report them as they come. Otherwise now and then is enough."""
 
 
+class Pull(Message, frozen=True, tag="pull"):
+    """Get `extents` of the chunk `start`..`end` from another node into the descriptor that comes along; the rest is there already.
+
+    Nothing of it may be read before the answer, which is Fetched only where the whole chunk has the digest that the node announced.
+    -> Progress* (what is on the way; not to be believed), then Fetched | Failed.
+    """
+
+    address: str
+    """HOST:PORT."""
+    node: str
+    """Whose address that is. "" is not possible: only members are asked."""
+    me: str
+    blob: str
+    blob_size: int
+    chunk: int
+    start: int
+    end: int
+    extents: list[tuple[int, int]]
+    stall_s: float
+    """Give up when nothing at all has come for this long: neither bytes nor word that it is being fetched."""
+    patience_s: float
+    """Give up when the node has fetched on our behalf for this long without having it."""
+    keys: list[bytes] = []
+    pull: bytes = b""
+    """`manta.swarm.protocol.Pull`, encoded: fetch it from the origin where it is not there; b"": only what is there."""
+    tls_authorities: str = ""
+    """PEM file of the authorities that a member's certificate must come from; "" is plain HTTP."""
+    tls_name: str = ""
+    """The name in the members' certificates; "" is the address's host."""
+    lz4: bool = False
+    """Compressed bytes are welcome."""
+
+    def __repr__(self) -> str:
+        return f"Pull(order={self.order}, node={self.node!r}, blob={self.blob!r}, chunk={self.chunk})"
+
+
 class Watch(Message, frozen=True, tag="watch"):
     """A reader waits for the bytes of the Fetch `order` from now on."""
 
@@ -127,8 +163,10 @@ class Verified(Message, frozen=True, tag="verified"):
     damaged: list[tuple[int, str]]
 
 
-Reason = Literal["absent", "denied", "throttled", "unavailable", "corrupt", "no_space", "cache_broken", "cancelled"]
-"""Why an order failed: the codes of `manta.errors`, and `cancelled`."""
+Reason = Literal[
+    "absent", "denied", "throttled", "unavailable", "corrupt", "no_space", "cache_broken", "cancelled", "busy"
+]
+"""Why an order failed: the codes of `manta.errors`, `cancelled`, and `busy` for a node that has no upload slot now."""
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -142,9 +180,15 @@ class Failed(Message, frozen=True, tag="failed"):
     retry_after_s: float = 0.0
     unreachable: bool = False
     """No connection came about, or nothing at all was said on it: the host may be down, see `manta.hub.circuit`."""
+    behind: bool = False
+    """Of a Pull: the node is well, and what failed is its own fetch from the origin on our behalf."""
+    holders: list[str] = []
+    """Of a Pull that found no slot: nodes that may have the chunk."""
+    origin: str = ""
+    """Of a Pull that failed with `throttled` behind: who asked for the pause."""
 
 
-ToWorker = Locate | Fetch | Watch | Digest | Verify | Cancel
+ToWorker = Locate | Fetch | Pull | Watch | Digest | Verify | Cancel
 FromWorker = Ready | Located | Progress | Fetched | Digested | Verified | Failed
 
 _encoder = msgspec.msgpack.Encoder()
