@@ -1,12 +1,12 @@
 """Who may say something to a node: HMAC over every request and answer with the cluster's shared key, here and only here. Pure.
 
 A request names its sender, the node it is for, the time and a number used once, and carries HMAC-SHA256 over all that, its method, target,
-range and body. A node takes it within WINDOW_SECONDS of its own clock, and each number once. The answer is signed with that
+range and body. A node takes it within WINDOW_SECONDS of its own clock, each number once. The answer is signed with that
 number, so that nobody without the key can answer in a member's place. The key itself never travels. Two keys may be valid at a time, so
 that one can be replaced: the first signs, either is accepted.
 
-What a signature does not do is hide: without TLS the bytes can be read on the way, and altered by who controls the network, which the digest
-of the whole blob finds. Used by the peer process and by workers.
+What a signature does not do is hide: without TLS the bytes can be read on the way, and altered by who controls the network, which the
+digest of the whole blob finds. Used by the peer process and by workers.
 """
 
 from __future__ import annotations

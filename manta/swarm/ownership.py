@@ -1,7 +1,8 @@
 """Who owns a chunk: rendezvous hashing over the members, here and only here. Pure.
 
 Every node ranks the members for a chunk by a hash of both; the first is the owner, who alone reads it from the origin. A member that
-comes or goes changes the owners of its own share only: where one comes, the owner before is now second, so that is whom it asks before the origin.
+comes or goes changes the owners of its own share only: where one comes, the owner before is now second, and is asked
+before the origin.
 Used by `manta.swarm.choice`, the daemon's questions to the hub (a key of any text has an owner too), and the simulator.
 """
 

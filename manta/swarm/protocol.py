@@ -76,7 +76,7 @@ class HaveRequest(Body, frozen=True):
 
 
 class Have(Body, frozen=True):
-    """The chunks of each blob that the node can give now: a bit a chunk, chunk 0 in the lowest bit of byte 0. Unknown blobs are left out."""
+    """The chunks of each blob that the node can give now: a bit a chunk, chunk 0 in the lowest bit of byte 0. Others are left out."""
 
     node: str
     blobs: dict[str, bytes] = {}

@@ -1,0 +1,353 @@
+"""Where a missing chunk comes from: another node that has it, its owner, or the origin. Here and only here. Pure: the clock is an argument.
+
+The order is: a member known to have it; else its owner, who fetches it from the origin on our behalf; else the second owner; else the
+origin. We go to the origin ourselves where we are the owner, and first ask the member who was that before us, if we do not know what it has.
+What is known of a member (whether it has a chunk, is busy, fails, how fast it is) is only ever a hint: each answer corrects it.
+
+Driven by `manta.fetch.gate` and by the simulator, with the same calls:
+
+    choice.set_members(nodes)                    who may be asked at all
+    choice.presence(node, blob, have)            what a member has
+    choice.choose(...)                           then, for a Peer: begin, and one of got | busy | lacks | unable | failed | lied
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
+
+from manta.swarm.ownership import chunk_key, owned, ranking, score
+
+PER_MEMBER = 4
+"""Chunks that one member is asked for at a time: half of its slots. With a single other node they must fill the link."""
+
+OWNERS = 2
+"""Members that are asked, one after the other, to fetch from the origin on our behalf before we do it ourselves."""
+
+AVOID_SECONDS = 1.0
+AVOID_SECONDS_MAX = 30.0
+"""How long a member that failed is not asked; twice as long with each failure in a row."""
+
+LIAR_SECONDS = 600.0
+"""How long a member that sent wrong bytes is not asked: it has a broken disk or memory, or is hostile."""
+
+LACKING_SECONDS = 2.0
+"""How long a member that did not have a chunk is not asked for it again."""
+
+UNABLE_SECONDS = 5.0
+"""How long an owner that could not fetch a chunk is not asked for it again."""
+
+BUSY_SECONDS = 0.2
+"""The pause where a member has no slot and does not say for how long: a chunk takes 0.07 s at 1 Gbit/s, and eight share the link."""
+
+SETTLE_SECONDS = 1.0
+"""How long a new blob's chunks are not fetched from the origin while it is not known yet who has them. Members answer in milliseconds."""
+
+CHUNKS_MAX = 8192
+"""Chunks of which hints and refusals are kept."""
+
+_LEARNING = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Ask member `node`; with `pull` it may fetch the chunk from the origin."""
+
+    node: str
+    pull: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FromOrigin:
+    """Ask the origin."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotNow:
+    """Somebody has it or will, and has no time for us: ask again soon."""
+
+
+Source = Peer | FromOrigin | NotNow
+ORIGIN, NOT_NOW = FromOrigin(), NotNow()
+
+
+@dataclass(slots=True)
+class _Member:
+    """What is known of one."""
+
+    in_flight: int = 0
+    rate: float = 0.0
+    """Bytes per second of one chunk's transfer, lately; 0 where none has ended."""
+    failures: int = 0
+    """In a row."""
+    avoid_until: float = float("-inf")
+    silent: bool = False
+    """Nothing comes of what it was asked for."""
+
+
+@dataclass(slots=True)
+class _Hints:
+    """What was said of one chunk."""
+
+    holders: dict[str, None] = field(default_factory=dict)
+    not_before: dict[str, float] = field(default_factory=dict)
+    """Members that lack it or could not fetch it."""
+    busy_until: dict[str, float] = field(default_factory=dict)
+
+
+class Choice:
+    """`me` is this node. `downloads` is how many chunks may come from members at a time."""
+
+    def __init__(self, me: str, downloads: int, *, per_member: int = PER_MEMBER) -> None:
+        if downloads < 1 or per_member < 1:
+            raise ValueError("at least 1 download, and 1 per member")
+        self.me = me
+        self.downloads = downloads
+        self._per_member = per_member
+        self._members: dict[str, _Member] = {}
+        self._gone: OrderedDict[str, _Member] = OrderedDict()
+        self._have: dict[str, dict[str, bytes]] = {}  # by blob and node
+        self._followed: dict[str, float] = {}  # blobs, and since when
+        self._hints: OrderedDict[tuple[str, int], _Hints] = OrderedDict()
+        self._rankings: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
+        self.in_flight = 0
+        """Chunks that are being asked for."""
+
+    # Who is there ----------------------------------------------------------------------------------------------------
+
+    def set_members(self, nodes: Iterable[str]) -> None:
+        """The members that answer, without this node. What was learned of one that comes back is still known."""
+        wanted = set(nodes) - {self.me}
+        if wanted == self._members.keys():
+            return
+        for node in self._members.keys() - wanted:
+            self._gone[node] = self._members.pop(node)
+            for have in self._have.values():
+                have.pop(node, None)
+            if len(self._gone) > CHUNKS_MAX:
+                self._gone.popitem(last=False)
+        for node in sorted(wanted - self._members.keys()):
+            self._members[node] = self._gone.pop(node) if node in self._gone else _Member()
+        self._rankings.clear()
+
+    @property
+    def members(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def usable(self, node: str, now: float) -> bool:
+        """Whether `node` may be asked now."""
+        member = self._members.get(node)
+        return member is not None and not member.silent and now >= member.avoid_until
+
+    # What they have --------------------------------------------------------------------------------------------------
+
+    def follow(self, blobs: Iterable[str], now: float) -> None:
+        """The blobs that are of interest; what is known of others is forgotten."""
+        wanted = set(blobs)
+        for blob in self._followed.keys() - wanted:
+            del self._followed[blob]
+            self._have.pop(blob, None)
+        for blob in wanted - self._followed.keys():
+            self._followed[blob] = now
+
+    def presence(self, node: str, blob: str, have: bytes) -> None:
+        """Member `node` has these chunks of `blob` (a bit each, see `protocol.Have`)."""
+        if node in self._members and blob in self._followed:
+            self._have.setdefault(blob, {})[node] = have
+
+    def holders(self, blob: str, chunk: int) -> list[str]:
+        """The members that are believed to have it."""
+        at, bit = chunk >> 3, 1 << (chunk & 7)
+        found = [n for n, have in self._have.get(blob, {}).items() if at < len(have) and have[at] & bit]
+        hints = self._hints.get((blob, chunk))
+        return found if hints is None else [*found, *(n for n in hints.holders if n not in found)]
+
+    def settled(self, blob: str, now: float) -> bool:
+        """Whether it is known by now who has what of `blob`, as far as it will be."""
+        since = self._followed.get(blob)
+        if since is None or now >= since + SETTLE_SECONDS:
+            return True
+        known = self._have.get(blob, {})
+        return all(node in known or not self.usable(node, now) for node in self._members)
+
+    # Where from ------------------------------------------------------------------------------------------------------
+
+    def choose(
+        self, blob: str, chunk: int, now: float, *, urgent: bool = False, origin: bool = True, behalf: bool = False
+    ) -> Source:
+        """Whom to ask. `urgent`: a reader waits. `origin`: it can be asked now. `behalf`: for another member, who must not be sent on."""
+        if not self._members:
+            return ORIGIN
+        hints = self._hints.get((blob, chunk))
+        holding = [node for node in self.holders(blob, chunk) if self._may(node, hints, now)]
+        if holding:
+            free = [node for node in holding if self._has_time(node, hints, now, urgent)]
+            if free:
+                return Peer(self._best(free, blob, chunk), pull=False)
+            return NOT_NOW
+        ranked = self._ranked(blob, chunk)
+        place = ranked.index(self.me) if self.me in ranked else len(ranked)
+        if behalf or place == 0:
+            return self._own(blob, chunk, ranked, hints, now, origin=origin, urgent=urgent, behalf=behalf)
+        asked = 0
+        for node in ranked:
+            if node == self.me:
+                return ORIGIN if origin or asked >= OWNERS else self._else(ranked, hints, now, urgent)
+            if asked >= OWNERS:
+                break
+            if not self.usable(node, now):
+                continue  # whoever is next owns it meanwhile
+            asked += 1
+            if not self._may(node, hints, now):
+                continue
+            return Peer(node, pull=True) if self._has_time(node, hints, now, urgent) else NOT_NOW
+        return ORIGIN if origin else self._else(ranked, hints, now, urgent)
+
+    def _own(
+        self,
+        blob: str,
+        chunk: int,
+        ranked: list[str],
+        hints: _Hints | None,
+        now: float,
+        *,
+        origin: bool,
+        urgent: bool,
+        behalf: bool,
+    ) -> Source:
+        """We are to get it from the origin, unless the one who was the owner before us has it."""
+        if not self.settled(blob, now):
+            return NOT_NOW
+        before = next((node for node in ranked if node != self.me and self.usable(node, now)), None)
+        unknown = before is not None and before not in self._have.get(blob, {})
+        if before is not None and unknown and self._may(before, hints, now):
+            return Peer(before, pull=False) if self._has_time(before, hints, now, urgent) else NOT_NOW
+        if origin or behalf:
+            return ORIGIN
+        return self._else(ranked, hints, now, urgent)
+
+    def _else(self, ranked: list[str], hints: _Hints | None, now: float, urgent: bool) -> Source:
+        """The origin is out of our reach: some member may reach it. The origin where none is left, so that the reason is told."""
+        for node in ranked:
+            if node != self.me and self._may(node, hints, now):
+                return Peer(node, pull=True) if self._has_time(node, hints, now, urgent) else NOT_NOW
+        return ORIGIN
+
+    def _may(self, node: str, hints: _Hints | None, now: float) -> bool:
+        return self.usable(node, now) and (hints is None or now >= hints.not_before.get(node, now))
+
+    def _has_time(self, node: str, hints: _Hints | None, now: float, urgent: bool) -> bool:
+        if hints is not None and now < hints.busy_until.get(node, now):
+            return False
+        if urgent:  # a reader's chunk goes beside all that was asked for in advance
+            return self._members[node].in_flight < 2 * self._per_member and self.in_flight < 2 * self.downloads
+        return self._members[node].in_flight < self._per_member and self.in_flight < self.downloads
+
+    def _best(self, nodes: list[str], blob: str, chunk: int) -> str:
+        """Who would be done with one more first, roughly; equal ones are spread by a hash, by each node in its own way."""
+        rates = [self._members[node].rate for node in nodes if self._members[node].rate]
+        usual = median(rates) if rates else 1.0
+
+        def cost(node: str) -> tuple[float, int]:
+            member = self._members[node]
+            return (member.in_flight + 1) / (member.rate or usual), score(node, f"{self.me}/{blob}/{chunk}")
+
+        return min(nodes, key=cost)
+
+    def _ranked(self, blob: str, chunk: int) -> list[str]:
+        key = blob, chunk
+        if (known := self._rankings.get(key)) is None:
+            known = self._rankings[key] = ranking((*self._members, self.me), chunk_key(blob, chunk), _RANKED)
+            if len(self._rankings) > CHUNKS_MAX:
+                self._rankings.popitem(last=False)
+        return known
+
+    def owned(self, blob: str, chunks: Iterable[int]) -> list[int]:
+        """Those of `chunks` that this node owns."""
+        return owned(self._members, self.me, blob, chunks)
+
+    # What became of it -----------------------------------------------------------------------------------------------
+
+    def begin(self, node: str) -> None:
+        """`node` is asked for a chunk. One of the following must follow, or `end`."""
+        self.in_flight += 1
+        if (member := self._members.get(node) or self._gone.get(node)) is not None:
+            member.in_flight += 1
+
+    def end(self, node: str) -> None:
+        """It was cancelled."""
+        self.in_flight -= 1
+        if (member := self._members.get(node) or self._gone.get(node)) is not None:
+            member.in_flight -= 1
+
+    def got(self, node: str, blob: str, chunk: int, size: int, seconds: float) -> None:
+        """All `size` bytes came, in `seconds` from the first to the last."""
+        self.end(node)
+        self._hints.pop((blob, chunk), None)
+        if (member := self._members.get(node)) is not None:
+            member.failures, member.silent = 0, False
+            rate = size / max(seconds, 1e-3)
+            member.rate = rate if not member.rate else member.rate + _LEARNING * (rate - member.rate)
+
+    def busy(self, node: str, blob: str, chunk: int, holders: Iterable[str], now: float, retry_s: float = 0.0) -> None:
+        """`node` has no slot, and names members that may have it."""
+        self.end(node)
+        hints = self._hint(blob, chunk)
+        hints.busy_until[node] = now + (retry_s or BUSY_SECONDS)
+        for holder in holders:
+            if holder in self._members:
+                hints.holders[holder] = None
+
+    def lacks(self, node: str, blob: str, chunk: int, now: float) -> None:
+        """`node` does not have it."""
+        self.end(node)
+        self._lacking(node, blob, chunk, now + LACKING_SECONDS)
+
+    def unable(self, node: str, blob: str, chunk: int, now: float) -> None:
+        """`node` is well, and could not fetch it from the origin."""
+        self.end(node)
+        self._lacking(node, blob, chunk, now + UNABLE_SECONDS)
+
+    def failed(self, node: str, now: float) -> None:
+        """It did not answer, broke off, or refused us."""
+        self.end(node)
+        if (member := self._members.get(node)) is not None:
+            member.failures += 1
+            member.avoid_until = now + min(AVOID_SECONDS * 2 ** (member.failures - 1), AVOID_SECONDS_MAX)
+
+    def lied(self, node: str, now: float) -> None:
+        """It sent wrong bytes. To be called beside the others: it may turn out later."""
+        if (member := self._members.get(node) or self._gone.get(node)) is not None:
+            member.avoid_until = now + LIAR_SECONDS
+
+    def set_silent(self, nodes: Iterable[str]) -> None:
+        """The members of whose orders nothing comes: no more is asked of them meanwhile."""
+        silent = set(nodes)
+        for node, member in self._members.items():
+            member.silent = node in silent
+
+    def avoided(self, now: float) -> list[str]:
+        """The members that are not asked now."""
+        return [node for node in self._members if not self.usable(node, now)]
+
+    def _lacking(self, node: str, blob: str, chunk: int, until: float) -> None:
+        hints = self._hint(blob, chunk)
+        hints.not_before[node] = until
+        hints.holders.pop(node, None)
+        if (have := self._have.get(blob, {}).get(node)) is not None and chunk >> 3 < len(have):
+            corrected = bytearray(have)
+            corrected[chunk >> 3] &= ~(1 << (chunk & 7))
+            self._have[blob][node] = bytes(corrected)
+
+    def _hint(self, blob: str, chunk: int) -> _Hints:
+        hints = self._hints.setdefault((blob, chunk), _Hints())
+        self._hints.move_to_end((blob, chunk))
+        if len(self._hints) > CHUNKS_MAX:
+            self._hints.popitem(last=False)
+        return hints
+
+
+_RANKED = 8
+"""Members of a ranking that are looked at: with all of these down there are others to worry about than one more copy."""
