@@ -31,6 +31,7 @@ from manta.wire.messages import (
     Located,
     Message,
     Progress,
+    Pull,
     Ready,
     ToWorker,
     Verified,
@@ -139,7 +140,7 @@ class _Worker:
     def _forget(self, number: int, _task: asyncio.Task[None]) -> None:
         self._tasks.pop(number, None)
 
-    async def _run(self, order: Locate | Fetch | Digest | Verify, fd: int | None) -> None:
+    async def _run(self, order: Locate | Fetch | Pull | Digest | Verify, fd: int | None) -> None:
         try:
             answer: Message = await self._carry_out(order, fd)
         except asyncio.CancelledError:
@@ -157,7 +158,7 @@ class _Worker:
             self._link.send(Failed(order.order, "unavailable", "was answered with more than an answer may hold"))
 
     async def _carry_out(
-        self, order: Locate | Fetch | Digest | Verify, fd: int | None
+        self, order: Locate | Fetch | Pull | Digest | Verify, fd: int | None
     ) -> Located | Fetched | Digested | Verified:
         match order:
             case Locate():
@@ -167,6 +168,8 @@ class _Worker:
                 return await self._online().fetch(
                     order, fd, lambda at, upto: self._link.send(Progress(order.order, at, upto))
                 )
+            case Pull():
+                raise OrderFailed("unavailable", "reached a worker that asks no peers")
             case Digest():
                 assert fd is not None
                 return await _in_thread(self._digester.advance, order, fd)
