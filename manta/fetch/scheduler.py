@@ -7,6 +7,9 @@ asked of it.
 
 One stalled transfer holds nobody else up: an order from which nothing comes is *silent* and does not count against the connections, and
 every blob may have one order for a reader beyond them.
+
+Where there are other nodes a `Gate` says which chunks can come from one of them now. Those do not count against the connections either,
+and what nobody has time for stays wanted, while others go.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from manta.model.ids import BlobId
 
@@ -40,6 +44,10 @@ DEMAND_ORDERS_MAX = 3
 
 OTHER_ORDERS_MAX = 2
 """Orders for readahead and background work, as a multiple of the connections: as many silent ones as others."""
+
+
+BLOCKED_MAX = 64
+"""Chunks of a blob, and blobs, that are passed over in one look because nobody has time for them now."""
 
 
 class Priority(enum.IntEnum):
@@ -71,6 +79,18 @@ class Want:
     @property
     def key(self) -> tuple[BlobId, int]:
         return self.blob, self.chunk
+
+
+class Gate(Protocol):
+    """What other nodes can give. Each answer holds for this moment; `connection` says whether the origin could be asked."""
+
+    def admits(self, blob: BlobId, chunk: int, priority: Priority, *, connection: bool) -> bool:
+        """Whether the chunk may be ordered, from wherever."""
+        ...
+
+    def next_missing(self, blob: BlobId, free: Callable[[int], bool], *, connection: bool) -> int | None:
+        """The chunk that is to come next where all of `blob` is wanted: one that is missing, `free` and admitted."""
+        ...
 
 
 _Part = tuple[int, int]
@@ -146,14 +166,17 @@ class _Rotation:
 
 class Scheduler:
     """`connections()` is how many may be in use now (at least 1). `missing(blob, from_chunk)` names the first chunk at or after
-    `from_chunk` that is not in the cache, or None. `group(blob)` names the group that it takes turns in."""
+    `from_chunk` that is not in the cache, or None. `group(blob)` names the group that it takes turns in. `gate` None: there is only the
+    origin."""
 
     def __init__(
         self,
         connections: Callable[[], int],
         missing: Callable[[BlobId, int], int | None],
         group: Callable[[BlobId], Hashable] = lambda _blob: None,
+        gate: Gate | None = None,
     ) -> None:
+        self._gate = gate
         self._connections = connections
         self._missing = missing
         self._group = group
@@ -161,6 +184,7 @@ class Scheduler:
         self._ready = {priority: _Rotation() for priority in Priority}  # of blobs not on hold; may name some in vain
         self._running: dict[tuple[BlobId, int], Priority] = {}
         self._silent: frozenset[tuple[BlobId, int]] = frozenset()
+        self._beside: set[tuple[BlobId, int]] = set()  # of what is under way: what comes from other nodes
         self._holds: dict[BlobId, float] = {}  # until when
         self._hold_ends: list[tuple[float, int, BlobId]] = []  # a heap; what is not in `_holds` with that end is over
         self._pausing: list[tuple[float, int, Want]] = []  # a heap of chunks that failed
@@ -213,6 +237,22 @@ class Scheduler:
             queues.raised.clear()
             queues.pausing.clear()
             self.unwant_whole(blob)
+
+    def forget_chunk(self, blob: BlobId, chunk: int) -> None:
+        """No reader wants `chunk` any more; what is under way ends by itself."""
+        if (queues := self._blobs.get(blob)) is not None:
+            queues.demand.pop(chunk, None)
+            queues.rest.pop(chunk, None)
+            for window in queues.ahead.values():
+                window.pop(chunk, None)
+            for owner in [owner for owner, window in queues.ahead.items() if not window]:
+                del queues.ahead[owner]
+            self._drop_if_idle(blob)
+
+    def demanded(self, blob: BlobId) -> list[int]:
+        """The chunks of `blob` that readers wait for and that are not under way."""
+        queues = self._blobs.get(blob)
+        return [] if queues is None else list(queues.demand)
 
     def unwant_whole(self, blob: BlobId) -> None:
         """Background work on `blob` ends; readers' wants stay."""
@@ -267,27 +307,26 @@ class Scheduler:
         if least is None:
             return None
         limit = self._connections()
-        demands = sum(1 for p in self._running.values() if p is Priority.DEMAND)
+        asked = {key: p for key, p in self._running.items() if key not in self._beside}
+        demands = sum(1 for p in asked.values() if p is Priority.DEMAND)
         if demands:
             self._demand_seen = now
-        live = [p for key, p in self._running.items() if key not in self._silent]
+        live = [p for key, p in asked.items() if key not in self._silent]
         live_demands = live.count(Priority.DEMAND)
-        if demands < DEMAND_ORDERS_MAX * limit and live_demands < 2 * limit:
-            # Readers get connections of their own beyond those that readahead and background may have taken.
-            taken = self._take_turn(Priority.DEMAND, only_first=live_demands >= limit)
-            if taken is not None:
-                return taken
-        full = len(live) - live_demands >= limit or len(self._running) - demands >= OTHER_ORDERS_MAX * limit
-        if full or least < Priority.READAHEAD:
+        # Readers get connections of their own beyond those that readahead and background may have taken.
+        room = demands < DEMAND_ORDERS_MAX * limit and live_demands < 2 * limit
+        if (taken := self._take_turn(Priority.DEMAND, room, only_first=live_demands >= limit)) is not None:
+            return taken
+        if least < Priority.READAHEAD:
             return None
-        if (taken := self._take_turn(Priority.READAHEAD)) is not None:
+        room = len(live) - live_demands < limit and len(asked) - demands < OTHER_ORDERS_MAX * limit
+        if (taken := self._take_turn(Priority.READAHEAD, room)) is not None:
             return taken
         quiet = now - self._demand_seen >= QUIET_SECONDS
         background = sum(1 for p in live if p >= Priority.PREFETCH)
-        if background >= (limit if quiet else min(self._beside_demand, limit)):
-            return None
+        room = room and background < (limit if quiet else min(self._beside_demand, limit))
         for priority in (Priority.PREFETCH, Priority.FILL):
-            if priority <= least and (taken := self._take_turn(priority)) is not None:
+            if priority <= least and (taken := self._take_turn(priority, room)) is not None:
                 return taken
         return None
 
@@ -304,22 +343,38 @@ class Scheduler:
                 del queues.pausing[want.chunk]
                 self._requeue(want)
 
-    def _take_turn(self, priority: Priority, *, only_first: bool = False) -> Want | None:
-        """The want of the blob whose turn it is. `only_first`: of one that has no order for a reader under way."""
-        rotation, barren, taken = self._ready[priority], list[BlobId](), None
-        for blob in rotation:
+    def _take_turn(self, priority: Priority, room: bool, *, only_first: bool = False) -> Want | None:
+        """The want of the blob whose turn it is. `room`: the origin may be asked; with `only_first` for a blob that has no order for a
+        reader there."""
+        rotation, barren, taken, blocked = self._ready[priority], list[BlobId](), None, 0
+        for blob in rotation if room or self._gate is not None else ():
             queues = self._blobs[blob]
-            if only_first and any(self._running[blob, chunk] is Priority.DEMAND for chunk in queues.running):
+            connection = room and not (only_first and self._asked_for_reader(blob, queues))
+            if not connection and self._gate is None:
                 continue
-            if (taken := self._take(blob, queues, priority)) is not None:
+            if (taken := self._take(blob, queues, priority, connection)) is not None:
                 rotation.served(queues.group, blob)
                 self._begin(queues, taken)
                 break
-            barren.append(blob)
+            if self._gate is None or not queues.has(priority):
+                barren.append(blob)
+                continue
+            blocked += 1
+            if blocked >= BLOCKED_MAX:
+                break
         for blob in barren:
             rotation.discard(self._blobs[blob].group, blob)
             self._drop_if_idle(blob)
         return taken
+
+    def _asked_for_reader(self, blob: BlobId, queues: _Queues) -> bool:
+        """Whether the origin is asked for something of `blob` that a reader waits for."""
+        keys = ((blob, chunk) for chunk in queues.running)
+        return any(self._running[key] is Priority.DEMAND and key not in self._beside for key in keys)
+
+    def beside(self, want: Want) -> None:
+        """`want`, which is under way, comes from another node."""
+        self._beside.add(want.key)
 
     def learn(self, first_byte_s: float, seconds: float) -> None:
         """An order took `seconds`, of which `first_byte_s` passed before anything came."""
@@ -340,41 +395,65 @@ class Scheduler:
         if (part := queues.demand.pop(taken.chunk, None)) is not None:
             queues.raised[taken.chunk] = part
 
-    def _take(self, blob: BlobId, queues: _Queues, priority: Priority) -> Want | None:
-        """Takes out of the queues what is wanted first and is still missing."""
+    def _take(self, blob: BlobId, queues: _Queues, priority: Priority, connection: bool) -> Want | None:
+        """Takes out of the queues what is wanted first, is still missing and may go."""
         match priority:
             case Priority.DEMAND:
-                while queues.demand:
-                    chunk, part = queues.demand.popitem(last=False)
-                    if self._missing(blob, chunk) == chunk:
-                        return Want(blob, chunk, priority, *part)
-                return None
+                chunk = self._first_of(blob, queues.demand, lambda _: True, priority, connection)
+                return None if chunk is None else Want(blob, chunk, priority, *queues.demand.pop(chunk))
             case Priority.READAHEAD:
-                return self._take_ahead(blob, queues)
+                return self._take_ahead(blob, queues, connection)
             case Priority.FILL:
-                while queues.rest:
-                    chunk, _ = queues.rest.popitem(last=False)
-                    if self._missing(blob, chunk) == chunk and queues.free(chunk):
-                        queues.resting.add(chunk)
-                        return Want(blob, chunk, priority, 0)
-        return self._take_missing(blob, queues, priority)
+                chunk = self._first_of(blob, queues.rest, queues.free, priority, connection)
+                if chunk is not None:
+                    del queues.rest[chunk]
+                    queues.resting.add(chunk)
+                    return Want(blob, chunk, priority, 0)
+        return self._take_missing(blob, queues, priority, connection)
 
-    def _take_ahead(self, blob: BlobId, queues: _Queues) -> Want | None:
-        while queues.ahead:
-            owner, window = next(iter(queues.ahead.items()))
-            while window:
-                chunk, part = window.popitem(last=False)
-                if queues.free(chunk) and chunk not in queues.demand and self._missing(blob, chunk) == chunk:
-                    queues.ahead.move_to_end(owner)  # the readers of one file take turns too
-                    if not window:
-                        del queues.ahead[owner]
-                    return Want(blob, chunk, Priority.READAHEAD, *part)
-            del queues.ahead[owner]
+    def _first_of(
+        self,
+        blob: BlobId,
+        window: OrderedDict[int, _Part] | OrderedDict[int, None],
+        wanted: Callable[[int], bool],
+        priority: Priority,
+        connection: bool,
+    ) -> int | None:
+        """The first chunk of `window` that may go. Those before it that are not missing or `wanted` any more are dropped."""
+        blocked = 0
+        for chunk in list(window):
+            if self._missing(blob, chunk) != chunk or not wanted(chunk):
+                del window[chunk]
+            elif self._gate is None or self._gate.admits(blob, chunk, priority, connection=connection):
+                return chunk
+            elif (blocked := blocked + 1) >= BLOCKED_MAX:
+                break
         return None
 
-    def _take_missing(self, blob: BlobId, queues: _Queues, priority: Priority) -> Want | None:
+    def _take_ahead(self, blob: BlobId, queues: _Queues, connection: bool) -> Want | None:
+        def wanted(chunk: int) -> bool:
+            return queues.free(chunk) and chunk not in queues.demand
+
+        for owner, window in list(queues.ahead.items()):
+            chunk = self._first_of(blob, window, wanted, Priority.READAHEAD, connection)
+            part = None if chunk is None else window.pop(chunk)
+            if not window:
+                del queues.ahead[owner]
+            if chunk is not None and part is not None:
+                if window:
+                    queues.ahead.move_to_end(owner)  # the readers of one file take turns too
+                return Want(blob, chunk, Priority.READAHEAD, *part)
+        return None
+
+    def _take_missing(self, blob: BlobId, queues: _Queues, priority: Priority, connection: bool) -> Want | None:
         if queues.whole is not priority:
             return None
+        if self._gate is not None:
+            if self._missing(blob, 0) is None:
+                queues.whole = None  # complete
+                return None
+            elsewhere = self._gate.next_missing(blob, queues.free, connection=connection)
+            return None if elsewhere is None else Want(blob, elsewhere, priority, 0)
         chunk = self._next_idle(blob, queues, queues.cursor)
         if chunk is None and queues.cursor > 0:
             chunk = self._next_idle(blob, queues, 0)  # what failed behind the cursor
@@ -397,6 +476,7 @@ class Scheduler:
     def finished(self, want: Want) -> None:
         """The order for `want` has ended, well or not; a chunk still missing must be wanted again by the caller."""
         self._running.pop(want.key, None)
+        self._beside.discard(want.key)
         self._blobs[want.blob].running.discard(want.chunk)
         self._settle(want)
 
@@ -406,6 +486,7 @@ class Scheduler:
         Not before `after`, in the clock of `next`: until then nobody fetches the chunk, and the others of its blob go on.
         """
         self._running.pop(want.key, None)
+        self._beside.discard(want.key)
         queues = self._blobs[want.blob]
         queues.running.discard(want.chunk)
         if after:
