@@ -9,11 +9,8 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 import signal
-import socket
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +20,9 @@ import msgspec
 import trio
 
 from manta.errors import Unavailable
+from manta.fetch.process import Channel, ending, pass_on, spawn
 from manta.telemetry.events import Telemetry
-from manta.telemetry.logs import fields
-from manta.wire.channel import Closed, pair, receive_nowait, send_nowait
+from manta.wire.channel import Closed
 from manta.wire.messages import (
     Cancel,
     Digest,
@@ -43,7 +40,6 @@ from manta.wire.messages import (
     Verify,
     Watch,
     decode_from_worker,
-    encode,
 )
 
 log = logging.getLogger(__name__)
@@ -56,10 +52,6 @@ SILENCE_SLACK_SECONDS = 10.0
 
 START_FAILURES_MAX = 3
 """Workers of one role that ended in a row before they were ready. One may be an accident; after three, who waits for one is told."""
-
-COMPLAINT_BYTES_MAX = 16 * 1024
-COMPLAINT_SECONDS = 0.05
-"""A traceback is written line by line: what comes within this is one record."""
 
 LAST_WORDS_SECONDS_MAX = 1.0
 """A worker that is killed closes its stderr at once; one that hangs in the kernel must not keep its orders from being answered."""
@@ -127,59 +119,6 @@ class Workers(Protocol):
     async def verify(self, chunks: list[tuple[int, int, bytes]], fd: int) -> Verified | Failed: ...
 
 
-class _Channel:
-    """The daemon's end of a worker's socket. One task receives; any task sends."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._socket = sock
-        self._sending = trio.Lock()
-
-    async def send(self, message: ToWorker, fd: int | None = None) -> None:
-        """Waits while the worker has too much unread. Raises Closed."""
-        data = encode(message)
-        async with self._sending:
-            while True:
-                try:
-                    send_nowait(self._socket, data, fd)
-                except BlockingIOError:
-                    await self._wait(trio.lowlevel.wait_writable)
-                except OSError as e:
-                    raise Closed from e
-                else:
-                    return
-
-    def tell_nowait(self, message: Cancel | Watch) -> None:
-        """Tells the worker about an order it has, unless it is too busy to be told: then it goes on as before."""
-        with contextlib.suppress(BlockingIOError, Closed, OSError):
-            send_nowait(self._socket, encode(message))
-
-    async def receive(self) -> FromWorker:
-        """Raises Closed at the end, ValueError for what is no message."""
-        while True:
-            try:
-                data, fd = receive_nowait(self._socket)
-            except BlockingIOError:
-                await self._wait(trio.lowlevel.wait_readable)
-                continue
-            except OSError as e:
-                raise Closed from e
-            if fd is not None:
-                os.close(fd)  # no worker sends one
-            return decode_from_worker(data)
-
-    async def _wait(self, ready: Callable[[socket.socket], object]) -> None:
-        try:
-            await ready(self._socket)  # type: ignore[misc]
-        except (trio.ClosedResourceError, OSError) as e:
-            raise Closed from e
-
-    def close(self) -> None:
-        if self._socket.fileno() != -1:
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
-
-
 @dataclass(slots=True)
 class _Pending:
     """An order that waits for its answer."""
@@ -195,7 +134,7 @@ class _Worker:
     """One process and its socket."""
 
     def __init__(
-        self, role: Role, process: subprocess.Popen[bytes], channel: _Channel, stderr: trio.lowlevel.FdStream
+        self, role: Role, process: subprocess.Popen[bytes], channel: Channel[FromWorker], stderr: trio.lowlevel.FdStream
     ) -> None:
         self.role = role
         self.process = process
@@ -209,37 +148,8 @@ class _Worker:
 
 def _spawn(role: Role) -> _Worker:
     """Raises OSError."""
-    ours, theirs = pair()
-    said, stderr = os.pipe()
-    with theirs:
-        try:
-            process = subprocess.Popen(
-                # -P: whatever lies in the directory where the daemon was started must not stand in for a module.
-                [sys.executable, "-P", "-m", "manta.worker", role, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stderr=stderr,
-            )
-        except OSError:
-            ours.close()
-            os.close(said)
-            raise
-        finally:
-            os.close(stderr)
-    return _Worker(role, process, _Channel(ours), trio.lowlevel.FdStream(said))
-
-
-async def _pass_on(worker: _Worker) -> None:
-    """What a worker writes to its stderr (a library's complaint, a traceback) becomes log records, so that the log has one format."""
-    async with worker.stderr as stream:
-        while said := await stream.receive_some(COMPLAINT_BYTES_MAX):
-            with trio.move_on_after(COMPLAINT_SECONDS):
-                while len(said) < COMPLAINT_BYTES_MAX and (more := await stream.receive_some(COMPLAINT_BYTES_MAX)):
-                    said += more
-            text = said.decode(errors="replace").strip()
-            log.warning(
-                "a %s worker says: %s", worker.role, text, extra=fields(role=worker.role, worker=worker.process.pid)
-            )
+    process, channel, stderr = spawn("manta.worker", [role], decode_from_worker)
+    return _Worker(role, process, channel, stderr)
 
 
 class WorkerPool:
@@ -283,7 +193,6 @@ class WorkerPool:
         while True:
             began = trio.current_time()
             try:
-                # In this thread: the worker's PR_SET_PDEATHSIG fires when the *thread* that started it ends.
                 worker = _spawn(role)
             except OSError as e:
                 log.error("no %s worker can be started (%s); trying again", role, e.strerror)
@@ -292,7 +201,7 @@ class WorkerPool:
                 self._workers.append(worker)
                 try:
                     async with trio.open_nursery() as beside:
-                        beside.start_soon(_pass_on, worker)
+                        beside.start_soon(pass_on, worker.stderr, role, worker.process.pid)
                         await self._listen(worker)
                         # Before `kill`, which may collect its end.
                         self._telemetry.worker_ended(role, worker.process.pid)
@@ -304,10 +213,13 @@ class WorkerPool:
                 if trio.current_time() - began > STABLE_SECONDS:
                     pause = RESTART_PAUSE_SECONDS
                 log.warning(
-                    "a %s worker (pid %d) ended with %s; starting another", role, worker.process.pid, _ending(worker)
+                    "a %s worker (pid %d) ended with %s; starting another",
+                    role,
+                    worker.process.pid,
+                    ending(worker.process),
                 )
                 if not worker.started:
-                    self._start_failed(role, f"ended with {_ending(worker)} before it was ready")
+                    self._start_failed(role, f"ended with {ending(worker.process)} before it was ready")
             await trio.sleep(pause)
             pause = min(pause * 2, RESTART_PAUSE_SECONDS_MAX)
 
@@ -456,8 +368,3 @@ class WorkerPool:
 def _reading_s(count: int) -> float:
     """How long a worker may read `count` bytes: a disk slower than 10 MB/s is stuck for our purpose."""
     return 60 + count / 10e6
-
-
-def _ending(worker: _Worker) -> str:
-    code = worker.process.returncode
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
