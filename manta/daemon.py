@@ -17,7 +17,8 @@ import trio
 
 from manta import __version__
 from manta.cache import descriptors
-from manta.cache.metadata import MetadataStore
+from manta.cache.layout import node_id
+from manta.cache.metadata import MetadataStore, decode_snapshot
 from manta.cache.pins import Pins
 from manta.cache.store import Blob, Store
 from manta.config import Config, parse_address
@@ -42,10 +43,11 @@ from manta.control.protocol import (
     VerifyRequest,
 )
 from manta.control.server import ControlServer
-from manta.errors import Absent, Corrupt, InUse, MantaError, NotRunning, Unavailable
+from manta.errors import Absent, Corrupt, InUse, Invalid, MantaError, NotRunning, Unavailable
 from manta.fetch.fetcher import Fetcher
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
+from manta.fetch.swarm import Swarm
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import WorkerPool
 from manta.fs.filesystem import Filesystem
@@ -55,17 +57,21 @@ from manta.hub.catalog import Catalog
 from manta.hub.circuit import Circuits
 from manta.hub.huggingface import HuggingFaceHub
 from manta.hub.identity import Identity
+from manta.hub.neighbours import Neighbours
 from manta.hub.origin import Access, default_access, origin_of
 from manta.keeper import RESTART
 from manta.model.ids import BlobId, parse_target
+from manta.model.snapshot import Snapshot
 from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.keeping import Keeping
 from manta.operations.mounts import Mounted, Mounts
 from manta.operations.room import Room
+from manta.operations.sharing import Sharing
 from manta.operations.verification import Verification
 from manta.operations.watchdog import Watchdog
+from manta.swarm.keys import is_loopback, read_keys
 from manta.telemetry import logs
 from manta.telemetry.events import Telemetry
 from manta.telemetry.metrics import CONTENT_TYPE, QuotaLeft, State
@@ -111,6 +117,7 @@ class Daemon:
         )
         self._hub = HuggingFaceHub(config.hub, self._latest_access)
         self._circuits = Circuits()
+        self._swarm = self._join()
         self._fetcher = Fetcher(
             store,
             self._workers,
@@ -122,6 +129,8 @@ class Daemon:
             self._room,
             self._provenances,
             self._telemetry,
+            self._swarm,
+            config.swarm.download_rate,
         )
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
@@ -158,6 +167,7 @@ class Daemon:
                 timeout_s=config.hub.timeout_s,
                 owner=self._identity.access,
                 circuit=self._circuits.of(origin_of(self._hub.endpoint)),
+                neighbours=self._neighbours(),
             )
             journal, recovered = await self._open_journal()
             self._journal = journal
@@ -190,6 +200,7 @@ class Daemon:
             self._control = ControlServer(self, config.socket_path)
             await nursery.start(self._fetcher.run)
             nursery.start_soon(self._workers.run)
+            self._begin_sharing(catalog)
             nursery.start_soon(self._sealer.run, self._fetcher)
             nursery.start_soon(self._room.run, self._fetcher)
             nursery.start_soon(self._identity.follow)
@@ -252,6 +263,49 @@ class Daemon:
     def _failed(self, provenance: Provenance, error: MantaError) -> None:
         self._failures.add(provenance, error)
         self._telemetry.gave_up(error)
+
+    # Other nodes -----------------------------------------------------------------------------------------------------
+
+    def _join(self) -> Swarm | None:
+        """The other nodes, where the configuration names any. Raises what makes that impossible."""
+        config, directory = self._config.swarm, self._store.layout
+        if not config.peers:
+            return None
+
+        def keys() -> tuple[bytes, ...]:
+            return read_keys(config.key_file, os.environ)
+
+        listen = parse_address(config.listen)
+        if not keys() and listen is not None and not is_loopback(listen.host):
+            raise Invalid(
+                f"This node would serve others at {config.listen} without a key: everybody there could read the cache. Give all nodes"
+                " the same key (swarm.key_file, or MANTA_SWARM_KEY; `openssl rand -hex 32` makes one), or listen on 127.0.0.1."
+            )
+        return Swarm(config, node_id(directory), str(self._config.cache.dir), keys, self._telemetry)
+
+    def _neighbours(self) -> Neighbours | None:
+        swarm = self._swarm
+        return None if swarm is None else Neighbours(swarm.ask_owner, swarm.ask_any, decode_snapshot)
+
+    def _begin_sharing(self, catalog: Catalog) -> None:
+        if self._swarm is None:
+            return
+        sharing = Sharing(
+            self._swarm,
+            self._fetcher,
+            self._store,
+            catalog,
+            self._metadata,
+            lambda: self._identity.access,
+            self._mounted_snapshots,
+            __version__,
+            self._started,
+        )
+        self._nursery.start_soon(self._swarm.run, self._fetcher, sharing.answer)
+
+    def _mounted_snapshots(self) -> Iterator[Snapshot]:
+        for mounted in self._mounts:
+            yield from mounted.scope.held.values()
 
     async def _serve_metrics(self) -> None:
         """Where the configuration says so, beside the control socket. What keeps it from that keeps nobody from reading."""

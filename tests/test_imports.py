@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     # The parts that know one thing each: the disk, the messages, the hub.
     "cache": {"errors", "model"},
     "wire": {"errors", "model"},
-    "hub": {"errors", "model", "config"},
+    "hub": {"errors", "model", "config", "swarm.protocol"},
     # What nodes say to each other and by which rules; and the process that says it, which reads the cache's files and never writes them.
     "swarm": {"errors", "model", "wire", "cache.chunkmap", "cache.digests", "cache.incarnation", "cache.layout", "config"},
     # What the daemon tells about itself: called by the data path, knows nothing of it.

@@ -4,6 +4,7 @@
     CACHEDIR.TAG      tells backup tools to skip it (bford.info/cachedir)
     lock              held by the daemon (`manta.cache.lock`)
     pins.json         what a person pinned (`manta.cache.pins`)
+    node              by what id other nodes know this one
     meta/             trees and refs (`manta.cache.metadata`)
     blobs/3f/sha256-3f....data and .map
                       a blob's bytes, sparse, and its chunk map (`manta.cache.chunkmap`); in 256 folders by the first two digits
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,10 @@ class Layout:
     @property
     def pins(self) -> Path:
         return self.directory / "pins.json"
+
+    @property
+    def node(self) -> Path:
+        return self.directory / "node"
 
     @property
     def version(self) -> Path:
@@ -125,6 +132,23 @@ class Layout:
                 logger.warning(
                     "%s is open to other users and belongs to another one; its folders are closed.", self.directory
                 )
+
+
+def node_id(layout: Layout) -> str:
+    """SLOW: the id of the node whose cache this is, 16 hex digits: made once, and kept with the cache, which is what others know it for.
+
+    Raises NoSpace and CacheBroken.
+    """
+    with disk_errors(layout.node, "reading the node's id"):
+        try:
+            known = layout.node.read_text("ascii", "replace").strip()
+        except FileNotFoundError:
+            known = ""
+        if re.fullmatch(r"[0-9a-f]{16}", known):
+            return known
+        made = secrets.token_hex(8)
+        replace_file(layout.node, f"{made}\n".encode())
+        return made
 
 
 def blob_of(name: str) -> tuple[BlobId, str] | None:

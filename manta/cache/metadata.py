@@ -32,6 +32,9 @@ _VERSION = 1
 _REF_SUFFIX = ".json"
 _TREE_SUFFIX = ".json.lz4"
 
+TREE_BYTES_MAX = 256 * 1024**2
+"""Of a stored tree, unpacked: 250,000 files take about 50 MB. What another node sends may claim to be anything."""
+
 _NAME_BYTES_MAX = 200
 """A file name may have 255 bytes; a quoted revision that is longer than this is named by its hash instead. The file holds it in full."""
 
@@ -98,15 +101,14 @@ class MetadataStore:
         if data is None:
             return None
         try:
-            stored = _snapshot_decoder.decode(lz4.frame.decompress(data))
-            _expect((stored.version, stored.repo, stored.commit), (_VERSION, str(repo), commit))
-            files = [
-                FileEntry(f.path, f.size, parse_blob_id(f.blob) if f.blob else None, f.git_oid) for f in stored.files
-            ]
-        except (RuntimeError, EOFError, msgspec.DecodeError, UnicodeDecodeError, Invalid) as error:
+            return decode_snapshot(data, repo, commit)
+        except Invalid as error:
             self._remove_damaged(path, error)
             return None
-        return Snapshot.of(repo, commit, files, gated=stored.gated, private=stored.private)
+
+    def encoded(self, repo: RepoId, commit: Commit) -> bytes | None:
+        """SLOW for large trees: what `decode_snapshot` reads, None where it is not stored. Raises CacheBroken."""
+        return self._read(self._tree_path(repo, commit))
 
     def save_ref(self, repo: RepoId, revision: str, commit: Commit, when: float) -> None:
         """SLOW: notes that at `when` (seconds since the epoch) `revision` of `repo` was `commit`. Raises NoSpace and CacheBroken."""
@@ -211,6 +213,20 @@ class MetadataStore:
         logger.warning("Removed the damaged %s: %s. The hub will be asked again.", path, error)
         with suppress(OSError):
             path.unlink()
+
+
+def decode_snapshot(data: bytes, repo: RepoId, commit: Commit) -> Snapshot:
+    """A snapshot as it is stored, and as nodes tell each other. Raises Invalid where it is damaged, or another's."""
+    try:
+        unpacker = lz4.frame.LZ4FrameDecompressor()
+        plain = unpacker.decompress(data, max_length=TREE_BYTES_MAX)
+        _expect((unpacker.eof, unpacker.unused_data or b""), (True, b""))
+        stored = _snapshot_decoder.decode(plain)
+        _expect((stored.version, stored.repo, stored.commit), (_VERSION, str(repo), commit))
+        files = [FileEntry(f.path, f.size, parse_blob_id(f.blob) if f.blob else None, f.git_oid) for f in stored.files]
+    except (RuntimeError, EOFError, msgspec.DecodeError, UnicodeDecodeError, Invalid) as error:
+        raise Invalid(str(error)) from error
+    return Snapshot.of(repo, commit, files, gated=stored.gated, private=stored.private)
 
 
 def _file_name(revision: str) -> str:

@@ -2,7 +2,8 @@
 
 Runs in the daemon's trio thread. Fetches belong to the daemon: a reader only waits, a cancelled reader kills no fetch, and N readers of
 one chunk cause one. The decisions are in pure modules: what next (`scheduler`), with how many connections (`pacing`), what is hedged
-(`stragglers`), what after a failure (`retry`), where from (`sources`), who must be left alone (`throttle`).
+(`stragglers`), what after a failure (`retry`), where from (`sources`), who must be left alone (`throttle`), and
+where there are other nodes, which of them is asked (`gate`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from manta.cache.store import Blob, Store
 from manta.config import FetchConfig
 from manta.errors import BY_CODE, Absent, Denied, MantaError, Unavailable
 from manta.fetch.flight import Flight
+from manta.fetch.gate import SwarmGate
+from manta.fetch.ledger import Ledger
 from manta.fetch.locator import Locator
 from manta.fetch.pacing import Pacer
+from manta.fetch.peer_flight import URGENT_SECONDS, Contact, PeerFlight
 from manta.fetch.quarantine import Quarantine
 from manta.fetch.retry import judge
 from manta.fetch.scheduler import Priority, Scheduler, Want
@@ -31,15 +35,20 @@ from manta.fetch.sources import Provenance
 from manta.fetch.stragglers import Stragglers
 from manta.fetch.throttle import Throttles
 from manta.fetch.transfer import Transfer
+from manta.fetch.way import Way
 from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuit, Circuits
 from manta.hub.origin import Location, Origin
 from manta.model.ids import BlobId
+from manta.swarm.choice import Choice, FromOrigin, NotNow, Peer
 from manta.telemetry.events import Telemetry
 from manta.telemetry.meter import Meter
 from manta.wire.messages import Failed, Fetched
 
 log = logging.getLogger(__name__)
+
+BLOCKED_SECONDS = 0.05
+"""How soon is looked again at chunks that nobody had time for: an upload slot gets free after tens of milliseconds."""
 
 LOOK_SECONDS = 0.25
 """How often the orders under way are looked at: a straggler is noticed after a second or more."""
@@ -66,10 +75,43 @@ class Room(Protocol):
         ...
 
 
+class Peers(Protocol):
+    """The other nodes."""
+
+    choice: Choice
+    ledger: Ledger
+
+    def contact(self, node: str) -> Contact | None:
+        """How a member is reached; None where it is none any more."""
+        ...
+
+    def touch(self, blob: BlobId, size: int) -> None:
+        """The blob is being fetched: who has which of its chunks is of interest."""
+        ...
+
+    async def location(self, provenance: Provenance) -> Location | None:
+        """Where the bytes are, as the member says who asks the hub for all; None where this node is to ask. Raises Throttled where the hub
+        asked that member for a pause."""
+        ...
+
+    def took(self, node: str, count: int, *, chunk: bool) -> None:
+        """`count` bytes came from `node`; with `chunk` they were the last of one."""
+        ...
+
+    def failed(self, node: str) -> None:
+        """`node` did not give what it was asked for."""
+        ...
+
+    def wrong(self, node: str, transfer: Transfer, chunk: int) -> None:
+        """`node` gave other bytes than it announced, or than the origin has."""
+        ...
+
+
 class Fetcher:
     """`origin` None: offline, nothing can be fetched. `failed` hears of each fetch that was given up, `grown` of each chunk that came.
     `room` None: the cache has no bounds. `elsewhere` names where else mounts show a blob: asked when the places where it was opened are
-    refused. `telemetry` hears of everything; None: nobody looks.
+    refused. `telemetry` hears of everything; None: nobody looks. `peers` None: there are no other nodes. `peer_rate` is how many bytes per
+    second may come from them, 0 for no limit.
     """
 
     def __init__(
@@ -84,7 +126,10 @@ class Fetcher:
         room: Room | None = None,
         elsewhere: Callable[[BlobId], Iterable[Provenance]] = lambda _: (),
         telemetry: Telemetry | None = None,
+        peers: Peers | None = None,
+        peer_rate: int = 0,
     ) -> None:
+        self._peers = peers
         self._room = room
         self._telemetry = telemetry or Telemetry()
         self._store = store
@@ -94,16 +139,33 @@ class Fetcher:
         self._grown = grown
         self._transfers: dict[str, Transfer] = {}
         self._pacer = Pacer(config.connections)
-        self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group)
         self._stragglers = Stragglers()
+        self._peer_stragglers = Stragglers()
         self._throttles = Throttles()
         self._circuits = circuits or Circuits()
         self._locator = (
-            Locator(workers, origin, config.stall_s, self._throttles, self._circuits, elsewhere, self._telemetry)
+            Locator(
+                workers,
+                origin,
+                config.stall_s,
+                self._throttles,
+                self._circuits,
+                elsewhere,
+                self._telemetry,
+                None if peers is None else peers.location,
+            )
             if origin is not None
             else None
         )
+        self._way = Way(
+            self._transfers, self._throttles, self._circuits, None if self._locator is None else self._locator.origin
+        )
+        self._gate: SwarmGate | None = None
+        if peers is not None:
+            self._gate = SwarmGate(peers.choice, self._way, trio.current_time, peer_rate)
+        self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group, self._gate)
         self._flights: set[Flight] = set()
+        self._peer_flights: set[PeerFlight] = set()
         self._flying = trio.Event()  # replaced when nothing is under way
         self._stirred = trio.Event()
         self._nursery: trio.Nursery
@@ -163,8 +225,13 @@ class Fetcher:
 
     @property
     def connections_in_use(self) -> int:
-        """Chunks that are being fetched."""
+        """Chunks that are being fetched from the origin."""
         return len(self._flights)
+
+    @property
+    def peer_orders(self) -> int:
+        """Chunks that are coming from other nodes."""
+        return len(self._peer_flights)
 
     def pauses(self) -> dict[str, float]:
         """The origins that want to be left alone, and for how many seconds from now."""
@@ -195,7 +262,11 @@ class Fetcher:
                 while (want := self._scheduler.next(now, self._least_urgent())) is not None:
                     self._send(want, now)
                 change = self._scheduler.next_change(now)
-                with trio.move_on_at(math.inf if change is None else change):
+                until = math.inf if change is None else change
+                if self._gate is not None and self._gate.blocked:
+                    self._gate.blocked = False
+                    until = min(until, now + BLOCKED_SECONDS)
+                with trio.move_on_at(until):
                     await self._stirred.wait()
 
     async def _watch(self) -> None:
@@ -212,12 +283,27 @@ class Fetcher:
             for flight in self._flights:
                 flight.look()
             self._pacer.look(len(flights), now)
+            if self._peers is not None:
+                self._watch_peers(self._peers, now)
             self._stirred.set()
+
+    def _watch_peers(self, peers: Peers, now: float) -> None:
+        """Which members are silent, and which orders to take elsewhere."""
+        flights = {flight.course: flight for flight in self._peer_flights}
+        peers.choice.set_silent({flight.node for flight in self._peer_flights if flight.silent(now)})
+        for course, flight in flights.items():
+            blob = flight.transfer.blob
+            peers.touch(blob.id, blob.size)
+            stuck = now - flight.heard > URGENT_SECONDS
+            if flight.wanted and (stuck or self._peer_stragglers.slow(course, flights, now)):
+                flight.give_up()
+        for other in self._flights:
+            peers.touch(other.transfer.blob.id, other.transfer.blob.size)
 
     @property
     def coming(self) -> int:
         """Bytes of the chunks that are under way: what the cache grows by without further orders, at most."""
-        return sum(flight.size for flight in self._flights)
+        return sum(flight.size for flight in self._flights) + sum(flight.size for flight in self._peer_flights)
 
     def _least_urgent(self) -> Priority | None:
         return Priority.FILL if self._room is None else self._room.least_urgent(self.coming)
@@ -238,6 +324,12 @@ class Fetcher:
             self._scheduler.finished(want)
             self._give_up(transfer, self._room.refusal, want.chunk)
             self._let_go(transfer)
+        elif self._sent_to_peer(transfer, want):
+            return
+        elif self._locator is None:
+            self._scheduler.finished(want)
+            self._give_up(transfer, self._offline(transfer), want.chunk)
+            self._let_go(transfer)
         elif location is None or location.stale(time.time()):
             self._put_off(want, math.inf)
             if not transfer.locating:
@@ -255,21 +347,50 @@ class Fetcher:
             self._flying.set()
             self._nursery.start_soon(self._carry_out, flight)
 
+    def _sent_to_peer(self, transfer: Transfer, want: Want) -> bool:
+        """Orders it from another node, where that is the place to ask; or from nobody, where nobody has time. False: it is the origin's."""
+        if self._gate is None or self._peers is None:
+            return False
+        source = self._gate.source(want.blob, want.chunk, want.priority)
+        contact = self._peers.contact(source.node) if isinstance(source, Peer) else None
+        if isinstance(source, NotNow) or (isinstance(source, Peer) and contact is None):
+            self._scheduler.again(want, trio.current_time() + BLOCKED_SECONDS)
+            return True
+        if not isinstance(source, Peer) or contact is None:
+            return False
+        flight = PeerFlight(self._workers, transfer, want, contact, source.pull, self._telemetry)
+        self._peer_flights.add(flight)
+        self._flying.set()
+        self._peers.choice.begin(source.node)
+        self._gate.spend(flight.course.wanted)
+        self._scheduler.beside(want)
+        self._nursery.start_soon(self._carry_out_from_peer, flight, self._peers)
+        return True
+
     def _put_off(self, want: Want, until: float) -> None:
-        """Nothing of its blob goes before `until`."""
-        self._scheduler.again(want)
-        self._scheduler.hold(want.blob, until)
+        """Nothing of its blob goes before `until`; where there are other nodes, nothing that the gate would have come from the origin."""
+        if self._gate is None:
+            self._scheduler.again(want)
+            self._scheduler.hold(want.blob, until)
+        else:
+            self._scheduler.again(want, until if until < math.inf else 0.0)
 
     def _group(self, blob_id: object) -> Hashable:
         """Blobs of one snapshot take their turns together, so that a mount of many files has no more than one of a few."""
         provenance = self._transfers[str(blob_id)].sources.best
         return provenance.repo, provenance.commit
 
-    def _outage(self, transfer: Transfer, since: float) -> str:
-        """Why the origin that the blob's bytes would come from is out of reach, if that was known at `since`; else ""."""
+    def _outage(self, transfer: Transfer, since: float, chunks: list[int]) -> str:
+        """Why the origin that the blob's bytes would come from is out of reach, if that was known at `since`; else "". Also "" where
+        another node has, or is giving us, any of `chunks`."""
         location = transfer.sources.location
         if self._locator is None or transfer.settling:
             return ""
+        if self._peers is not None:
+            blob = str(transfer.blob.id)
+            coming = {flight.want.chunk for flight in self._peer_flights if flight.transfer is transfer}
+            if any(chunk in coming or self._peers.choice.holders(blob, chunk) for chunk in chunks):
+                return ""
         hub = self._locator.origin
         asked = hub if location is None or location.stale(time.time()) else location.origin
         return self._circuits.outage(asked, hub, since)
@@ -280,13 +401,18 @@ class Fetcher:
         self.origin_meter.add(count, now)
         self._pacer.came(count)
 
+    def _offline(self, transfer: Transfer) -> Unavailable:
+        elsewhere = "" if self._peers is None else " nor at another node"
+        return Unavailable(
+            f"{transfer.name} is not in the cache{elsewhere}, and Manta is offline (--offline, MANTA_HUB_OFFLINE or HF_HUB_OFFLINE"
+            " is set). Unset it, or prefetch while online."
+        )
+
     def _on_asked(self, transfer: Transfer) -> None:
-        if self._locator is None and not transfer.settling:
-            error = Unavailable(
-                f"{transfer.name} is not in the cache, and Manta is offline (--offline, MANTA_HUB_OFFLINE or HF_HUB_OFFLINE is set)."
-                " Unset it, or prefetch while online."
-            )
-            self._give_up(transfer, error, None)
+        if self._peers is not None:
+            self._peers.touch(transfer.blob.id, transfer.blob.size)
+        elif self._locator is None and not transfer.settling:
+            self._give_up(transfer, self._offline(transfer), None)
             return
         self._stirred.set()
 
@@ -330,16 +456,76 @@ class Fetcher:
                 transfer, lambda: self._scheduler.wants(transfer.blob.id)
             )
         except MantaError as e:
-            if isinstance(e, Denied | Absent):
-                transfer.refuse(e, trio.current_time() + REFUSED_SECONDS)
-            self._give_up(transfer, e, None)
+            self._give_up_origin(transfer, e)
         finally:
             transfer.locating = False
             self._scheduler.release(transfer.blob.id)
             self._stirred.set()
             self._let_go(transfer)
 
+    def _give_up_origin(self, transfer: Transfer, error: MantaError) -> None:
+        """The hub does not say where the blob is: those are told who would need it, which with other nodes are not all."""
+        blob, until = transfer.blob.id, trio.current_time() + REFUSED_SECONDS
+        if self._gate is None or self._peers is None or not self._peers.choice.anybody_has(str(blob)):
+            if isinstance(error, Denied | Absent):
+                transfer.refuse(error, until)
+            self._give_up(transfer, error, None)
+            return
+        self._way.refuse(blob, until)
+        for chunk in self._scheduler.demanded(blob):
+            if isinstance(self._gate.source(blob, chunk, Priority.DEMAND), FromOrigin):
+                self._scheduler.forget_chunk(blob, chunk)
+                self._give_up(transfer, error, chunk)
+
     # One order -------------------------------------------------------------------------------------------------------
+
+    async def supply(self, provenance: Provenance, chunk: int, *, urgent: bool) -> None:
+        """Gets `chunk` from the origin on behalf of another node; returns when it is in the cache. Raises what `Transfer.supply` does."""
+        assert self._gate is not None
+        transfer = self.open(provenance)
+        key = transfer.blob.id, chunk
+        first = key not in self._gate.behalf
+        self._gate.behalf.add(key)
+        try:
+            await transfer.supply(chunk, urgent=urgent)
+        finally:
+            if first:
+                self._gate.behalf.discard(key)
+            self.close(transfer)
+
+    def comes_from(self, blob: BlobId, chunk: int) -> str:
+        """The node that this one is asking for the chunk right now; "" where there is none."""
+        return next((f.node for f in self._peer_flights if f.want.key == (blob, chunk)), "")
+
+    async def locate(self, provenance: Provenance) -> Location:
+        """Where the bytes are, for another node: asked of the hub where it is not known. Raises what the hub says."""
+        assert self._locator is not None
+        transfer = self.open(provenance)
+        try:
+            location = transfer.sources.location
+            if location is None or location.stale(time.time()):
+                location = await self._locator.ask(transfer, lambda: True, shared=False)
+                transfer.sources.location = location
+                self._stirred.set()
+            return location
+        finally:
+            self.close(transfer)
+
+    def members_changed(self) -> None:
+        """Chunks have other owners, and perhaps other holders."""
+        if self._gate is not None:
+            self._gate.members_changed()
+        self._stirred.set()
+
+    def presence_changed(self) -> None:
+        """Another node has, or has not, what it had not or had before."""
+        self._stirred.set()
+
+    def heed_pause(self, origin: str, seconds: float) -> None:
+        """Another node was asked by `origin` for a pause: it is the same quota, or will be."""
+        now = trio.current_time()
+        if self._throttles.until(origin, now + seconds) is None:
+            self._throttles.pause(origin, now + seconds)
 
     async def _carry_out(self, flight: Flight) -> None:
         transfer, want = flight.transfer, flight.want
@@ -357,13 +543,104 @@ class Fetcher:
             else:
                 self._after_success(flight, answer)
         finally:
-            flight.told.ended()
-            del transfer.watchers[want.chunk]
+            self._note(transfer, flight.course.came, peer=False)
+            self._ended(flight)
             self._flights.discard(flight)
-            if not self._flights:
+            if not (self._flights or self._peer_flights):
                 self._flying = trio.Event()
         self._stirred.set()
         self._let_go(transfer)
+
+    def _ended(self, flight: Flight | PeerFlight) -> None:
+        flight.told.ended()
+        del flight.transfer.watchers[flight.want.chunk]
+
+    def _note(self, transfer: Transfer, count: int, *, peer: bool) -> None:
+        if self._peers is not None and count:
+            self._peers.ledger.came(str(transfer.blob.id), transfer.blob.size, transfer.name, count, peer=peer)
+
+    async def _carry_out_from_peer(self, flight: PeerFlight, peers: Peers) -> None:
+        transfer, want = flight.transfer, flight.want
+        transfer.watchers[want.chunk] = flight.watch
+        answer: Fetched | Failed | None = None
+        try:
+            answer = await flight.run()
+            if isinstance(answer, Fetched):
+                transfer.blob.record(want.chunk, answer.digest)
+        except MantaError as e:  # the disk refused the chunk map, or no worker could be had
+            peers.choice.end(flight.node)
+            self._scheduler.finished(want)
+            self._give_up(transfer, e, want.chunk)
+        else:
+            if isinstance(answer, Failed):
+                self._after_peer_failure(flight, answer, peers)
+            else:
+                self._after_peer_success(flight, answer, peers)
+        finally:
+            peers.took(flight.node, flight.course.came, chunk=False)
+            self._note(transfer, flight.course.came, peer=True)
+            self._ended(flight)
+            self._peer_flights.discard(flight)
+            if not (self._flights or self._peer_flights):
+                self._flying = trio.Event()
+        self._stirred.set()
+        self._let_go(transfer)
+
+    def _after_peer_success(self, flight: PeerFlight, answer: Fetched, peers: Peers) -> None:
+        transfer, want = flight.transfer, flight.want
+        peers.choice.got(
+            flight.node, str(want.blob), want.chunk, flight.course.wanted, answer.seconds - answer.first_byte_s
+        )
+        peers.took(flight.node, 0, chunk=True)
+        self._peer_stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
+        self._scheduler.finished(want)
+        if not transfer.blob.sealed:
+            transfer.from_peers[want.chunk] = flight.node, answer.digest
+        flight.told.done(answer.seconds, answer.first_byte_s)
+        flight.told.recorded()
+        transfer.recorded(want.chunk)
+        self._grown(transfer)
+
+    def _after_peer_failure(self, flight: PeerFlight, failure: Failed, peers: Peers) -> None:
+        """It is asked for elsewhere, or of the same one later: who is asked next is the gate's to say."""
+        transfer, want, now = flight.transfer, flight.want, trio.current_time()
+        blob, choice = str(want.blob), peers.choice
+        local = failure.reason in {"no_space", "cache_broken"} and not failure.behind
+        flight.told.failed(failure, 1, retry=not local, pause_s=0.0)
+        if local:
+            choice.end(flight.node)
+            self._scheduler.finished(want)
+            error = BY_CODE.get(failure.reason, Unavailable)
+            self._give_up(transfer, error(f"{transfer.name}: {failure.message}. {_ADVICE[failure.reason]}"), want.chunk)
+            return
+        if failure.behind:
+            choice.unable(flight.node, blob, want.chunk, now)
+            transfer.trouble = failure.message
+            if failure.reason == "throttled" and failure.origin:
+                self.heed_pause(failure.origin, failure.retry_after_s)
+        elif failure.reason == "busy":
+            choice.busy(flight.node, blob, want.chunk, failure.holders, now, failure.retry_after_s)
+        elif failure.reason == "absent":
+            choice.lacks(flight.node, blob, want.chunk, now)
+        elif failure.reason == "cancelled" and not flight.given_up:
+            choice.end(flight.node)
+        else:
+            choice.failed(flight.node, now)
+            peers.failed(flight.node)
+            transfer.trouble = failure.message
+            if failure.reason == "corrupt":
+                choice.lied(flight.node, now)
+                peers.wrong(flight.node, transfer, want.chunk)
+                transfer.distrust(want.chunk)
+        self._scheduler.again(want)
+
+    def verified(self, transfer: Transfer) -> None:
+        """The blob has matched its digest. Who gave a chunk that was another before all was fetched anew gave a wrong one."""
+        for chunk, (node, digest) in transfer.from_peers.items():
+            if self._peers is not None and transfer.blob.digest(chunk) != digest:
+                self._peers.choice.lied(node, trio.current_time())
+                self._peers.wrong(node, transfer, chunk)
+        transfer.from_peers.clear()
 
     def _after_success(self, flight: Flight, answer: Fetched) -> None:
         transfer, want = flight.transfer, flight.want

@@ -69,8 +69,6 @@ class SwarmGate:
         self._epoch = 0
         self.behalf: set[tuple[BlobId, int]] = set()
         """Chunks that another member wants us to fetch: it must not be sent on to a third."""
-        self.offline = False
-        """The origin is never asked, on nobody's behalf either."""
         self.blocked = False
         """Whether anything was held back since this was last set to False: ask again soon."""
 
@@ -88,7 +86,7 @@ class SwarmGate:
             chunk,
             now,
             urgent=priority is Priority.DEMAND,
-            origin=not self.offline and self._origin.reachable(blob, now),
+            origin=self._origin.reachable(blob, now),
             behalf=(blob, chunk) in self.behalf,
         )
         if isinstance(chosen, Peer) and not self._may_spend(now):

@@ -7,7 +7,7 @@ whole node. Used by `manta.fetch.fetcher`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
@@ -33,7 +33,8 @@ this is lost more often than late."""
 
 
 class Locator:
-    """`throttles` and `circuits` are told which origin wants to be left alone or is out of reach, and heeded. `telemetry` hears of all."""
+    """`throttles` and `circuits` are told which origin wants to be left alone or is out of reach, and heeded. `telemetry` hears of all.
+    `shared` asks the node that asks the hub for all nodes; None: there are no others."""
 
     def __init__(
         self,
@@ -44,7 +45,9 @@ class Locator:
         circuits: Circuits,
         elsewhere: Callable[[BlobId], Iterable[Provenance]],
         telemetry: Telemetry,
+        shared: Callable[[Provenance], Awaitable[Location | None]] | None = None,
     ) -> None:
+        self._shared = shared
         self.origin = origin_of(origin.endpoint)
         """Who is asked."""
         self._workers = workers
@@ -56,8 +59,8 @@ class Locator:
         self._telemetry = telemetry
         self._asking = trio.CapacityLimiter(LOCATING_MAX)
 
-    async def ask(self, transfer: Transfer, wanted: Callable[[], bool]) -> Location:
-        """The location of the transfer's blob; the best of its sources is asked about first.
+    async def ask(self, transfer: Transfer, wanted: Callable[[], bool], *, shared: bool = True) -> Location:
+        """The location of the transfer's blob; the best of its sources is asked about first. `shared`: another node may be asked.
 
         Raises what the hub says of the first where every provenance is refused (Denied, Absent, Corrupt), Unavailable when it does not
         answer or no worker can be had, Throttled when it asks for a pause and nothing is `wanted` any more.
@@ -67,6 +70,13 @@ class Locator:
         while True:
             provenance = sources.best
             url, headers = self._request(provenance)
+            if shared and self._shared is not None:
+                shared = False  # once: then we ask ourselves
+                try:
+                    if (told := await self._shared(provenance)) is not None:
+                        return told
+                except Throttled as e:
+                    self._throttles.pause(self.origin, trio.current_time() + max(e.retry_after_s, PAUSE_SECONDS))
             await self._until_it_may_be_asked(transfer, wanted)
             deadline_s = self._deadline_s if attempts else min(self._deadline_s, FIRST_ANSWER_SECONDS_MAX)
             began = trio.current_time()

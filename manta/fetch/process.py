@@ -111,7 +111,7 @@ def spawn(
 
 
 async def pass_on(stderr: trio.lowlevel.FdStream, role: str, pid: int) -> None:
-    """What a worker, or the peer process, writes to its stderr (a library's complaint, a traceback) becomes log records, so that the log has one format."""
+    """What a child writes to its stderr (a library's complaint, a traceback) becomes log records, so that the log has one format."""
     async with stderr as stream:
         while said := await stream.receive_some(COMPLAINT_BYTES_MAX):
             with trio.move_on_after(COMPLAINT_SECONDS):

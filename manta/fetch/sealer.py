@@ -129,6 +129,7 @@ class Sealer:
             if transfer.misled:
                 self._discarded(transfer)
                 transfer.misled = False
+            self._fetcher.verified(transfer)
             transfer.sealed.set()
             transfer.stir()
             self._telemetry.seal_ended("sealed")

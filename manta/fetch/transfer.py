@@ -73,8 +73,10 @@ class Transfer:
         """By chunk under way: whom to tell that a reader waits for it."""
         self.trouble = ""
         """What went wrong last, as a clause or a sentence, until something comes: the reason of a reader whose patience ends."""
-        self.outage: Callable[[float], str] = lambda _: ""
-        """Why the origin of its bytes cannot be reached, if that was known at a time: who began to wait after it does not wait long."""
+        self.outage: Callable[[float, list[int]], str] = lambda _since, _chunks: ""
+        """Why these chunks cannot be had from anywhere, if that was known at a time: who began to wait after it does not wait long."""
+        self.from_peers: dict[int, tuple[str, bytes]] = {}
+        """By chunk: the node that gave it, and the digest that it had. Until the blob is verified."""
         self.paused_until = -math.inf
         """The origin asked for a pause until then (trio's clock): that nothing comes is no reason to give up."""
         self._refusal: tuple[MantaError, float] | None = None  # the hub's, and until when it is not asked again
@@ -118,14 +120,12 @@ class Transfer:
         self._waiters.add(waiter)
         try:
             began = trio.current_time()
-            with trio.move_on_after(min(PATIENCE_S, self._patience_s)):
-                await self._wait(waiter, extent, onward)
-                return
-            if reason := self.outage(began):
-                raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
-            with trio.move_on_at(began + self._patience_s):
-                await self._wait(waiter, extent, onward)
-                return
+            while (left := began + self._patience_s - trio.current_time()) > 0:
+                with trio.move_on_after(min(PATIENCE_S, left)):
+                    await self._wait(waiter, extent, onward)
+                    return
+                if reason := self.outage(began, self.blob.missing(extent)):
+                    raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
             if self.quarantined:
                 why = "it had the wrong digest, so nothing is given out before all has come anew and been verified"
             else:
@@ -162,6 +162,29 @@ class Transfer:
                 raise waiter.error
             waiter.woken = trio.Event()
 
+    async def supply(self, chunk: int, *, urgent: bool) -> None:
+        """Returns once all of `chunk` is in the chunk map: for another node, whose reader waits for it or (not `urgent`) does not yet.
+
+        Raises what became of the fetch, or Unavailable when nothing came in time.
+        """
+        of_chunk = self.blob.grid.extent(chunk)
+        if urgent:
+            await self.ensure(of_chunk)
+        with trio.move_on_after(self._patience_s):
+            while not self.blob.has(chunk):
+                waiter = _Waiter(of_chunk)
+                self._waiters.add(waiter)
+                try:
+                    self._scheduler.want_rest(self.blob.id, chunk)
+                    self._asked(self)
+                    await waiter.woken.wait()
+                finally:
+                    self._waiters.discard(waiter)
+                if waiter.error is not None:
+                    raise waiter.error
+            return
+        raise Unavailable(f"{self.name}: chunk {chunk} did not come within {self._patience_s:g} s.")
+
     def look_ahead(self, owner: Hashable, chunks: range, beyond: Extent) -> None:
         """Has `chunks` fetched soon, instead of those before: the reader `owner`, who now reads `beyond`, will want them."""
         missing = [c for c in chunks if not self.blob.has(c)]
@@ -195,7 +218,9 @@ class Transfer:
             before, asked = self.came, trio.current_time()
             try:
                 self.want_whole(Priority.PREFETCH)
-                with trio.move_on_after(PATIENCE_S if self.outage(asked) else self._patience_s) as patience:
+                with trio.move_on_after(
+                    PATIENCE_S if self.outage(asked, self.missing()) else self._patience_s
+                ) as patience:
                     await waiter.woken.wait()
             finally:
                 self._waiters.discard(waiter)
@@ -203,7 +228,7 @@ class Transfer:
                 raise waiter.error
             excused = self.blob.complete or self.settling or trio.current_time() < self.paused_until + self._patience_s
             if patience.cancelled_caught and not excused and self.came == before:
-                if reason := self.outage(asked):
+                if reason := self.outage(asked, self.missing()):
                     raise Unavailable(f"{self.name} cannot be fetched while its origin is out of reach: {reason}")
                 if trio.current_time() - asked < self._patience_s:
                     continue  # it was out of reach, and is not any more
@@ -211,6 +236,10 @@ class Transfer:
                     f"{self.name}: nothing came for {self._patience_s:g} s{f': {self.trouble}' if self.trouble else ''}."
                     " Try again; what is here stays."
                 )
+
+    def missing(self) -> list[int]:
+        """The chunks that are not in the cache."""
+        return self.blob.missing(Extent(0, self.blob.size))
 
     @property
     def name(self) -> str:

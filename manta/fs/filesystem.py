@@ -428,7 +428,7 @@ class Filesystem:
         """Whether the blob is sealed, after waiting for that: not where it is known not to come."""
         with suppress(MantaError):  # the read that comes tells what keeps its bytes from coming
             transfer, _ = handle.attach()
-            if not transfer.blob.sealed and not transfer.outage(trio.current_time()):
+            if not transfer.blob.sealed and not transfer.outage(trio.current_time(), transfer.missing()):
                 with trio.move_on_after(self._complete_seconds_max):
                     await transfer.ensure(Extent(0, size))
                     await transfer.complete()

@@ -26,6 +26,7 @@ import trio
 
 from manta.errors import Absent, Denied, MantaError, Throttled, Unavailable, Unreachable
 from manta.hub.circuit import PATIENCE_S, Circuit
+from manta.hub.neighbours import Neighbours
 from manta.hub.origin import Access, Origin
 from manta.hub.refusal import Question, gated
 from manta.model.ids import DEFAULT_REVISION, Commit, RepoId, is_commit
@@ -117,7 +118,7 @@ class Metadata(Protocol):
 
 class Catalog:
     """See the module. `owner` is the daemon's own access; `clock` gives seconds since the epoch for what is stored; `circuit` is the
-    origin's, which others that ask it may share.
+    origin's, which others that ask it may share. `neighbours`: other nodes, one of which asks the origin for all; None: there are none.
 
     Its methods raise what `manta.hub.origin.Origin` says, within `timeout_s` (that of the origin's own questions) for a revision and
     TREE_DEADLINES times that for a tree, plus BACKSTOP_S, and DISK_S for each use of the store. While the origin is known to be out of
@@ -135,8 +136,10 @@ class Catalog:
         owner: Access | None = None,
         clock: Callable[[], float] = time.time,
         circuit: Circuit | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self._origin = origin
+        self._neighbours = neighbours
         self._store = store
         self._nursery = nursery
         self._offline = offline
@@ -175,6 +178,9 @@ class Catalog:
         recent = self._resolutions.get(key)
         if recent is not None and recent.stale:
             return recent
+        if (told := await self._told(repo, revision)) is not None:
+            self._resolutions.put(key, told, CURRENT_S)
+            return told
         subject = f"{repo}@{revision[:12] if is_commit(revision) else revision}"
         if self._offline:
             stale = await self._remembered(repo, revision, self._offline_error(subject))
@@ -196,11 +202,25 @@ class Catalog:
         return resolution
 
     async def _remembered(self, repo: RepoId, revision: str, why: Unavailable) -> Resolution:
-        """What the store knows of `revision`; raises `why` where that is nothing."""
+        """What the store knows of `revision`, or else another node; raises `why` where that is nothing."""
         ref = await self._on_disk(lambda: self._store.ref(repo, revision))
         if ref is None:
-            raise why
+            known = None if self._neighbours is None else await self._neighbours.remembered(repo, revision)
+            if known is None:
+                raise why
+            return Resolution(known, stale=True, reason=why.message)
         return Resolution(ref[0], stale=True, reason=why.message)
+
+    async def _told(self, repo: RepoId, revision: str) -> Resolution | None:
+        """What the node says who asks the hub about `repo` for all; None where the hub is to be asked."""
+        if self._neighbours is None or self._offline:
+            return None
+        commit = await self._neighbours.resolve(repo, revision)
+        if commit is None:
+            return None
+        now = self._clock()
+        await self._on_disk(lambda: self._store.save_ref(repo, revision, commit, now))
+        return Resolution(commit)
 
     # Trees -----------------------------------------------------------------------------------------------------------
 
@@ -235,6 +255,10 @@ class Catalog:
         masked = self._masked.get(key)
         if masked is not None:
             return masked
+        if self._neighbours is not None and known is None:
+            told = await self._neighbours.tree(repo, commit, anybody=self._offline or self._circuit.open)
+            if told is not None:
+                return await self._keep(told)
         try:
             if self._offline:
                 raise self._offline_error(f"{repo}@{commit[:12]}")
@@ -246,7 +270,10 @@ class Catalog:
             )
         except Unavailable as error:
             if known is None:
-                raise
+                told = None if self._neighbours is None else await self._neighbours.tree(repo, commit, anybody=True)
+                if told is None:
+                    raise
+                return await self._keep(told)
             if access == self._owner:
                 return known
             raise Unavailable(
@@ -258,6 +285,9 @@ class Catalog:
         self._grants.put((repo, access), True, GRANT_S)
         if known is not None and (known.gated, known.private) == (shown.gated, shown.private):
             return known
+        return await self._keep(shown)
+
+    async def _keep(self, shown: Snapshot) -> Snapshot:
         await self._on_disk(lambda: self._store.save_snapshot(shown))
         self._trees.put(shown)
         return shown

@@ -1,7 +1,7 @@
 """Where a missing chunk comes from: another node that has it, its owner, or the origin. Here and only here. Pure: the clock is an argument.
 
 The order is: a member known to have it; else its owner, who fetches it from the origin on our behalf; else the second owner; else the
-origin. We go to the origin ourselves where we are the owner, and first ask the member who was that before us, if we do not know what it has.
+origin. Where we are the owner we go there ourselves, and first ask the member who was that before us if we do not know what it has.
 What is known of a member (whether it has a chunk, is busy, fails, how fast it is) is only ever a hint: each answer corrects it.
 
 Driven by `manta.fetch.gate` and by the simulator, with the same calls:
@@ -85,6 +85,8 @@ class _Member:
     avoid_until: float = float("-inf")
     silent: bool = False
     """Nothing comes of what it was asked for."""
+    suspect: bool = False
+    """It did not answer when it was greeted the last time."""
 
 
 @dataclass(slots=True)
@@ -139,7 +141,7 @@ class Choice:
     def usable(self, node: str, now: float) -> bool:
         """Whether `node` may be asked now."""
         member = self._members.get(node)
-        return member is not None and not member.silent and now >= member.avoid_until
+        return member is not None and not (member.silent or member.suspect) and now >= member.avoid_until
 
     # What they have --------------------------------------------------------------------------------------------------
 
@@ -163,6 +165,10 @@ class Choice:
         found = [n for n, have in self._have.get(blob, {}).items() if at < len(have) and have[at] & bit]
         hints = self._hints.get((blob, chunk))
         return found if hints is None else [*found, *(n for n in hints.holders if n not in found)]
+
+    def anybody_has(self, blob: str) -> bool:
+        """Whether any member is believed to have any of it."""
+        return any(any(have) for have in self._have.get(blob, {}).values())
 
     def settled(self, blob: str, now: float) -> bool:
         """Whether it is known by now who has what of `blob`, as far as it will be."""
@@ -327,6 +333,12 @@ class Choice:
         silent = set(nodes)
         for node, member in self._members.items():
             member.silent = node in silent
+
+    def set_suspect(self, nodes: Iterable[str]) -> None:
+        """The members that did not answer the last time: they keep what they own, and are not asked for the moment."""
+        suspect = set(nodes)
+        for node, member in self._members.items():
+            member.suspect = node in suspect
 
     def avoided(self, now: float) -> list[str]:
         """The members that are not asked now."""

@@ -103,6 +103,8 @@ class ResolveRequest(Body, frozen=True):
     repo: str
     revision: str = ""
     """"" is the default branch."""
+    known: bool = False
+    """Only what is known without asking the hub: the asker could not reach it."""
 
 
 class Resolved(Body, frozen=True):

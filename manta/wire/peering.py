@@ -44,6 +44,12 @@ class Follow(Message, frozen=True, tag="follow"):
     blobs: list[tuple[str, int]]
 
 
+class OwnPauses(Message, frozen=True, tag="own-pauses"):
+    """The origins that asked this node for a pause, and for how many seconds from now: members are told."""
+
+    pauses: dict[str, float]
+
+
 class Call(Message, frozen=True, tag="call"):
     """Ask a member. `what` is resolve, tree, location or report; `body` is the request's. A descriptor may come along, to which an answer
     of any size is written. -> Called."""
@@ -166,7 +172,7 @@ class PullAsked(msgspec.Struct, frozen=True):
     urgent: bool
 
 
-ToPeerProcess = Settings | Follow | Call | Reply | Cancelled
+ToPeerProcess = Settings | Follow | OwnPauses | Call | Reply | Cancelled
 FromPeerProcess = Ready | Listening | Trouble | Members | Presence | Pauses | Asked | Gone | Uploaded | Called
 
 _to: msgspec.msgpack.Decoder[ToPeerProcess] = msgspec.msgpack.Decoder(ToPeerProcess)

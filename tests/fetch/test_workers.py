@@ -18,6 +18,7 @@ import trio
 
 from manta.cache.digests import chunk_digest
 from manta.errors import Unavailable
+from manta.fetch import process
 from manta.fetch import workers as module
 from manta.fetch.workers import OrderControl, WorkerPool
 from manta.telemetry.events import Telemetry
@@ -240,7 +241,7 @@ async def test_a_worker_that_talks_nonsense_is_replaced(
             data, fd = receive_nowait(from_)
             return (b"nonsense", fd) if from_ is sock else (data, fd)
 
-        monkeypatch.setattr(module, "receive_nowait", nonsense)
+        monkeypatch.setattr(process, "receive_nowait", nonsense)
         answer = await pool.locate(f"{hub.endpoint}/", {}, 20.0)
         assert isinstance(answer, Failed)
         assert await locate(pool, hub)

@@ -1,0 +1,580 @@
+"""The other nodes as the daemon sees them: drives the peer process, and knows what it tells. Here and only here.
+
+In the daemon's trio thread. The peer process (`manta.swarm.service`) finds and greets members, asks them what they have and serves them;
+from whom a chunk comes is `manta.swarm.choice`'s to say, by way of `manta.fetch.gate`. Without it, or while it is being started
+again, everything comes from the origin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import trio
+
+from manta.config import SwarmConfig, parse_address
+from manta.errors import MantaError, Throttled, Unavailable
+from manta.fetch.ledger import Ledger
+from manta.fetch.peer_flight import Contact
+from manta.fetch.process import Channel, ending, pass_on, spawn
+from manta.fetch.sources import Provenance
+from manta.fetch.transfer import Transfer
+from manta.hub.origin import Location
+from manta.model.extents import CHUNK_SIZE
+from manta.model.ids import BlobId
+from manta.swarm.choice import Choice
+from manta.swarm.ownership import owner
+from manta.swarm.protocol import (
+    Exchange,
+    LocationRequest,
+    Refusal,
+    SharedLocation,
+    decode,
+    encode,
+)
+from manta.telemetry.events import Telemetry
+from manta.telemetry.meter import Meter
+from manta.wire.channel import Closed
+from manta.wire.messages import Ready
+from manta.wire.peering import (
+    Asked,
+    Call,
+    Called,
+    Cancelled,
+    Follow,
+    FromPeerProcess,
+    Gone,
+    Listening,
+    Member,
+    Members,
+    OwnPauses,
+    Pauses,
+    Presence,
+    Reply,
+    Settings,
+    Trouble,
+    Uploaded,
+    decode_from_peer_process,
+)
+
+log = logging.getLogger(__name__)
+
+FOLLOWED_MAX = 256
+"""Blobs of which it is known who has what: more than a node fetches at a time."""
+
+FOLLOW_SECONDS = 10.0
+"""How long a blob of which nothing is fetched any more stays followed."""
+
+KEYS_SECONDS = 5.0
+"""How often the key's file is looked at."""
+
+CALL_SECONDS = 1.5
+"""How long a member may take for an answer that we could get from the hub ourselves, in two round trips."""
+
+ASKED_MAX = 4
+"""Members asked for what the hub, out of reach, does not tell."""
+
+RESTART_PAUSE_SECONDS = 0.2
+RESTART_PAUSE_SECONDS_MAX = 10.0
+STABLE_SECONDS = 30.0
+
+NODES_MAX = 1024
+"""Nodes of which it is remembered what was exchanged."""
+
+ANSWERS_MAX = 512
+"""Questions of members under way: the peer process bounds what it passes on to fewer."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What this node says to a member's question. `fd`, where it is not None, holds the body; it is closed when it has been sent."""
+
+    status: int
+    body: bytes = b""
+    fd: int | None = None
+
+
+Answerer = Callable[[Asked], Awaitable[Answer]]
+
+
+class Listener(Protocol):
+    """Who needs to know: the fetcher."""
+
+    def members_changed(self) -> None: ...
+
+    def presence_changed(self) -> None: ...
+
+    def heed_pause(self, origin: str, seconds: float) -> None: ...
+
+    def pauses(self) -> dict[str, float]: ...
+
+
+@dataclass(slots=True)
+class _Exchanged:
+    """What was given and taken, and how fast now."""
+
+    taken: Meter = field(default_factory=Meter)
+    given: Meter = field(default_factory=Meter)
+    chunks_in: int = 0
+    chunks_out: int = 0
+    failures: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """A call that waits for its answer."""
+
+    answered: trio.Event = field(default_factory=trio.Event)
+    answer: Called | None = None
+
+
+class Swarm:
+    """`keys` reads the shared keys; it raises what `manta.swarm.keys.read_keys` does. `node` is this node's id."""
+
+    def __init__(
+        self,
+        config: SwarmConfig,
+        node: str,
+        cache_dir: str,
+        keys: Callable[[], tuple[bytes, ...]],
+        telemetry: Telemetry,
+    ) -> None:
+        self.node = node
+        self.choice = Choice(node, config.downloads)
+        self.ledger = Ledger()
+        self.busy = 0
+        """Upload slots in use."""
+        self.address = config.listen
+        """Where this node listens, HOST:PORT."""
+        self.keys: tuple[bytes, ...] = keys()
+        self._config = config
+        self._cache_dir = cache_dir
+        self._read_keys = keys
+        self._telemetry = telemetry
+        self._members: dict[str, Member] = {}
+        self._pages: dict[int, list[Member]] = {}
+        self._exchanged: OrderedDict[str, _Exchanged] = OrderedDict()
+        self._followed: OrderedDict[BlobId, tuple[int, float]] = OrderedDict()  # size, and when it was touched last
+        self._follow_changed = trio.Event()
+        self._troubles: dict[str, str] = {}
+        self._calls: dict[int, _Pending] = {}
+        self._numbers = itertools.count(1)
+        self._answering: dict[int, trio.CancelScope] = {}
+        self._channel: Channel[FromPeerProcess] | None = None
+        self._pid = 0
+        self._listener: Listener
+        self._answerer: Answerer
+
+    @property
+    def processes(self) -> list[tuple[str, int]]:
+        """Role and process id."""
+        return [("peer", self._pid)] if self._pid else []
+
+    @property
+    def problem(self) -> str:
+        """What does not work now, as sentences."""
+        return " ".join(filter(None, self._troubles.values()))
+
+    @property
+    def slots(self) -> int:
+        """Upload slots."""
+        return self._config.slots
+
+    # Life ------------------------------------------------------------------------------------------------------------
+
+    async def run(self, listener: Listener, answerer: Answerer) -> None:
+        """Keeps the peer process running as long as it is not cancelled. `answerer` answers members' questions."""
+        self._listener, self._answerer = listener, answerer
+        pause = RESTART_PAUSE_SECONDS
+        while True:
+            began = trio.current_time()
+            try:
+                process, channel, stderr = spawn("manta.swarm", [], decode_from_peer_process)
+            except OSError as e:
+                self._troubles["process"] = (
+                    f"No peer process can be started ({e.strerror}); it is tried again by itself."
+                )
+            else:
+                self._channel, self._pid = channel, process.pid
+                try:
+                    async with trio.open_nursery() as beside:
+                        beside.start_soon(pass_on, stderr, "peer", process.pid)
+                        beside.start_soon(self._keep_told)
+                        beside.start_soon(self._keep_keys)
+                        await self._listen(channel, beside)
+                        process.kill()
+                        beside.cancel_scope.cancel()
+                finally:
+                    self._channel, self._pid = None, 0
+                    channel.close()
+                    process.kill()
+                    self._forget()
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(process.wait)
+                self._telemetry.worker_ended("peer", process.pid)
+                log.warning("the peer process (pid %d) ended with %s; starting another", process.pid, ending(process))
+                self._troubles["process"] = "The peer process ended and is being started again; the log has why."
+            if trio.current_time() - began > STABLE_SECONDS:
+                pause = RESTART_PAUSE_SECONDS
+            await trio.sleep(pause)
+            pause = min(pause * 2, RESTART_PAUSE_SECONDS_MAX)
+
+    def _forget(self) -> None:
+        """Nobody tells about members any more: they are not asked."""
+        for number, pending in self._calls.items():
+            pending.answer = Called(number, 0, problem="the peer process ended")
+            pending.answered.set()
+        self._members.clear()
+        self._pages.clear()
+        self.choice.set_members(())
+        self._listener.members_changed()
+
+    def _settings(self) -> Settings:
+        config, address = self._config, parse_address(self._config.listen)
+        assert address is not None
+        return Settings(
+            0,
+            self.node,
+            self._cache_dir,
+            address.host,
+            address.port,
+            config.peers,
+            list(self.keys),
+            config.tls_certificate,
+            config.tls_key,
+            config.tls_authorities,
+            config.tls_name,
+            config.slots,
+            config.upload_rate,
+            "public" if config.share == "public" else "all",
+        )
+
+    async def _keep_keys(self) -> None:
+        """Takes over a key that was replaced."""
+        while True:
+            await trio.sleep(KEYS_SECONDS)
+            try:
+                keys = await trio.to_thread.run_sync(self._read_keys, abandon_on_cancel=True)
+            except MantaError as e:
+                self._troubles["keys"] = f"{e.message} The key read before stays in use."
+                continue
+            self._troubles.pop("keys", None)
+            if keys != self.keys:
+                self.keys = keys
+                log.info("the swarm's key was replaced")
+                await self._send(self._settings())
+
+    async def _keep_told(self) -> None:
+        """Tells which blobs are of interest, and which origins asked us for a pause."""
+        await self._send(self._settings())
+        told: list[tuple[str, int]] = []
+        while True:
+            self._follow_changed = trio.Event()
+            now = trio.current_time()
+            while self._followed and next(iter(self._followed.values()))[1] < now - FOLLOW_SECONDS:
+                self._followed.popitem(last=False)
+            wanted = sorted((str(blob), size) for blob, (size, _) in self._followed.items())
+            if wanted != told:
+                told = wanted
+                self.choice.follow((blob for blob, _ in told), now)
+                await self._send(Follow(0, told))
+            await self._send(OwnPauses(0, self._listener.pauses()))
+            with trio.move_on_after(1.0):
+                await self._follow_changed.wait()
+
+    async def _send(self, message: msgspec.Struct, fd: int | None = None) -> None:
+        if self._channel is not None:
+            try:
+                await self._channel.send(message, fd)  # type: ignore[arg-type]
+            except Closed:
+                return  # `_listen` sees the same end
+
+    async def _listen(self, channel: Channel[FromPeerProcess], beside: trio.Nursery) -> None:
+        """Takes in what the process tells until its end of the socket is closed, or it turns out to be something else."""
+        while True:
+            try:
+                message = await channel.receive()
+            except Closed:
+                return
+            except (ValueError, msgspec.MsgspecError):
+                log.error("the peer process (pid %d) sent what is no message; it is replaced", self._pid)
+                return
+            match message:
+                case Ready():
+                    self._troubles.pop("process", None)
+                case Listening():
+                    self.address = message.address
+                    self._troubles.pop("listen", None)
+                    log.info("other nodes are served at %s", message.address)
+                case Trouble():
+                    if message.message and self._troubles.get(message.kind) != message.message:
+                        log.warning("%s", message.message)
+                    self._troubles[message.kind] = message.message
+                case Members():
+                    self._take_members(message)
+                case Presence():
+                    self.choice.presence(message.node, message.blob, message.have)
+                    self._listener.presence_changed()
+                case Pauses():
+                    for origin, seconds in message.pauses.items():
+                        self._listener.heed_pause(origin, seconds)
+                case Asked():
+                    beside.start_soon(self._answer, message)
+                case Gone():
+                    if (scope := self._answering.get(message.order)) is not None:
+                        scope.cancel()
+                case Uploaded():
+                    self._take_uploaded(message)
+                case Called():
+                    if (pending := self._calls.get(message.order)) is not None:
+                        pending.answer = message
+                        pending.answered.set()
+
+    def _take_members(self, page: Members) -> None:
+        if page.first == 0:
+            self._pages.clear()
+        self._pages[page.first] = page.members
+        members = [member for members in self._pages.values() for member in members]
+        if len(members) < page.total:
+            return  # more pages follow
+        before = {node: member.state for node, member in self._members.items()}
+        self._members = {member.node or member.address: member for member in members}
+        for name, member in self._members.items():
+            if before.get(name) != member.state:
+                said = f": {member.problem}" if member.problem else ""
+                log.info("node %s at %s is %s%s", member.node or "unknown", member.address, member.state, said)
+        self.choice.set_members(m.node for m in members if m.node and m.state in {"up", "suspect"})
+        self.choice.set_suspect(m.node for m in members if m.state == "suspect")
+        self._listener.members_changed()
+
+    def _take_uploaded(self, message: Uploaded) -> None:
+        now = trio.current_time()
+        self.busy = message.busy
+        for node, count, chunks in message.given:
+            exchanged = self._with(node)
+            exchanged.given.add(count, now)
+            exchanged.chunks_out += chunks
+            self.ledger.to_peers += count
+        self._telemetry.uploaded(
+            sum(count for _, count, _ in message.given),
+            sum(chunks for _, _, chunks in message.given),
+            message.refused_busy,
+            message.refused_auth,
+        )
+
+    async def _answer(self, asked: Asked) -> None:
+        with trio.CancelScope() as scope:
+            if len(self._answering) >= ANSWERS_MAX:
+                refusal = Refusal(reason="busy", message="This node answers too many questions already.", retry_s=1.0)
+                await self._send(Reply(asked.order, 503, encode(refusal)))
+                return
+            self._answering[asked.order] = scope
+            try:
+                answer = await self._answerer(asked)
+            except MantaError as e:
+                answer = refused(e)
+            except Exception:
+                log.exception("a question of node %s could not be answered", asked.node)
+                answer = refused(Unavailable("The node could not answer."))
+            finally:
+                del self._answering[asked.order]
+            try:
+                await self._send(Reply(asked.order, answer.status, answer.body), answer.fd)
+            finally:
+                if answer.fd is not None:
+                    os.close(answer.fd)
+
+    # Members ---------------------------------------------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        """All that are known, by address."""
+        return sorted(self._members.values(), key=lambda member: member.address)
+
+    def exchanges(self) -> list[Exchange]:
+        """With whom what was exchanged."""
+        now = trio.current_time()
+        states = {member.node: member.state for member in self._members.values()}
+        return [
+            Exchange(
+                node=node,
+                bytes_in=e.taken.total,
+                chunks_in=e.chunks_in,
+                bytes_out=e.given.total,
+                chunks_out=e.chunks_out,
+                rate_in=e.taken.rate(now),
+                rate_out=e.given.rate(now),
+                failures=e.failures,
+                state=states.get(node, "gone"),
+            )
+            for node, e in self._exchanged.items()
+        ]
+
+    def _with(self, node: str) -> _Exchanged:
+        exchanged = self._exchanged.setdefault(node, _Exchanged())
+        self._exchanged.move_to_end(node)
+        if len(self._exchanged) > NODES_MAX:
+            self._exchanged.popitem(last=False)
+        return exchanged
+
+    def owner(self, key: str) -> str | None:
+        """The member who asks the hub about `key` for all; None where that is this node."""
+        now = trio.current_time()
+        usable = [node for node in self.choice.members if self.choice.usable(node, now)]
+        first = owner((*usable, self.node), key)
+        return None if first == self.node else first
+
+    async def call(
+        self, node: str, what: str, body: bytes, *, fd: int | None = None, deadline_s: float = CALL_SECONDS
+    ) -> Called:
+        """Asks `node`; see `protocol`. A large answer is written to `fd`. Raises Unavailable where no answer comes in time."""
+        if self._channel is None:
+            raise Unavailable("The peer process is not running; it is being started.")
+        number = next(self._numbers)
+        pending = self._calls[number] = _Pending()
+        try:
+            with trio.move_on_after(deadline_s + 1.0):
+                await self._send(Call(number, node, what, body, deadline_s), fd)
+                await pending.answered.wait()
+        finally:
+            del self._calls[number]
+            if pending.answer is None and self._channel is not None:
+                self._channel.tell_nowait(Cancelled(number))
+        answer = pending.answer
+        if answer is None or not answer.status:
+            why = answer.problem if answer is not None else f"it did not answer within {deadline_s:g} s"
+            raise Unavailable(f"Node {node} could not be asked: {why.rstrip('.')}.")
+        return answer
+
+    async def ask_owner(self, what: str, key: str, body: bytes) -> bytes | None:
+        """What the member says who asks the hub about `key` for all; None where that is this node, or it does not say.
+
+        Raises Throttled where the hub asked that member for a pause.
+        """
+        node = self.owner(key)
+        return None if node is None else await self._told(node, what, body)
+
+    async def ask_any(self, what: str, body: bytes) -> bytes | None:
+        """What the first member says who knows, of a few."""
+        now = trio.current_time()
+        for node in [node for node in self.choice.members if self.choice.usable(node, now)][:ASKED_MAX]:
+            with contextlib.suppress(Throttled):
+                if (told := await self._told(node, what, body)) is not None:
+                    return told
+        return None
+
+    async def _told(self, node: str, what: str, body: bytes) -> bytes | None:
+        """The body of an answer, of any size."""
+        fd = os.memfd_create("manta-answer", os.MFD_CLOEXEC)
+        try:
+            answer = await self.call(node, what, body, fd=fd)
+            if answer.status == 200:
+                return answer.body or os.pread(fd, os.fstat(fd).st_size, 0)
+            raise_throttled(answer)
+        except Throttled:
+            raise
+        except MantaError as e:
+            log.debug("node %s does not answer %s: %s", node, what, e.message)
+        finally:
+            os.close(fd)
+        return None
+
+    # What the fetcher needs ------------------------------------------------------------------------------------------
+
+    def contact(self, node: str) -> Contact | None:
+        member = self._members.get(node)
+        if member is None:
+            return None
+        config = self._config
+        return Contact(
+            node, member.address, self.node, list(self.keys), config.tls_authorities, config.tls_name, lz4=True
+        )
+
+    def touch(self, blob: BlobId, size: int) -> None:
+        new = blob not in self._followed
+        self._followed[blob] = size, trio.current_time()
+        self._followed.move_to_end(blob)
+        if new:
+            if len(self._followed) > FOLLOWED_MAX:
+                self._followed.popitem(last=False)
+            # From now on nothing is fetched from the origin before it is known who has it, or for a second.
+            self.choice.follow(map(str, self._followed), trio.current_time())
+            self._follow_changed.set()
+
+    def took(self, node: str, count: int, *, chunk: bool) -> None:
+        """`count` bytes came from `node`; with `chunk` they were the last of one."""
+        exchanged = self._with(node)
+        exchanged.taken.add(count, trio.current_time())
+        exchanged.chunks_in += chunk
+
+    def failed(self, node: str) -> None:
+        """`node` did not give what it was asked for."""
+        self._with(node).failures += 1
+
+    def wrong(self, node: str, transfer: Transfer, chunk: int) -> None:
+        member = self._members.get(node)
+        self._troubles["wrong"] = (
+            f"Node {node}{f' at {member.address}' if member else ''} gave wrong bytes for chunk {chunk} of {transfer.name}, and is not"
+            " asked for ten minutes: check its disk and memory."
+        )
+        log.error("%s", self._troubles["wrong"])
+        self._telemetry.wrong_chunk()
+
+    async def location(self, provenance: Provenance) -> Location | None:
+        blob, entry = provenance.entry.blob, provenance.entry
+        if blob is None or entry.size <= CHUNK_SIZE:
+            return None  # of a single chunk: only its owner needs to know
+        node = self.owner(f"location/{blob}")
+        if node is None:
+            return None
+        request = LocationRequest(
+            kind=provenance.repo.kind.value,
+            repo=provenance.repo.name,
+            commit=provenance.commit,
+            path=entry.path,
+            blob=str(blob),
+            size=entry.size,
+        )
+        try:
+            answer = await self.call(node, "location", encode(request), deadline_s=2 * CALL_SECONDS)
+            if answer.status != 200:
+                raise_throttled(answer)
+                return None
+            shared = decode(answer.body, SharedLocation)
+        except Throttled:
+            raise
+        except MantaError as e:
+            log.debug("node %s does not say where %s is: %s", node, provenance, e.message)
+            return None
+        now = time.time()
+        return Location(
+            shared.url,
+            shared.headers,
+            now + shared.expires_s if shared.expires_s else None,
+            now + shared.refresh_s if shared.refresh_s else None,
+        )
+
+
+def raise_throttled(answer: Called) -> None:
+    """Raises Throttled where that is why the member did not answer: the hub asked it for a pause. Raises Invalid for no refusal."""
+    refusal = decode(answer.body, Refusal)
+    if refusal.reason == "throttled":
+        raise Throttled(refusal.message, refusal.retry_s)
+
+
+_REASONS = frozenset({"absent", "denied", "throttled", "unavailable", "corrupt", "no_space", "cache_broken", "invalid"})
+_STATUS = {"absent": 404, "denied": 502, "throttled": 502, "invalid": 400}
+
+
+def refused(error: MantaError) -> Answer:
+    """An error as the answer to a member's question."""
+    reason = error.code if error.code in _REASONS else "unavailable"
+    retry_s = error.retry_after_s if isinstance(error, Throttled) else 0.0
+    refusal = Refusal(reason=reason, message=error.message, retry_s=retry_s)  # type: ignore[arg-type]
+    return Answer(_STATUS.get(reason, 502), encode(refusal))
