@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -24,10 +24,9 @@ from manta.config import FetchConfig
 from manta.errors import BY_CODE, Absent, Denied, MantaError, Unavailable
 from manta.fetch.flight import Flight
 from manta.fetch.gate import SwarmGate
-from manta.fetch.ledger import Ledger
 from manta.fetch.locator import Locator
 from manta.fetch.pacing import Pacer
-from manta.fetch.peer_flight import URGENT_SECONDS, Contact, PeerFlight
+from manta.fetch.peer_orders import BLOCKED_SECONDS, PeerOrders, Peers
 from manta.fetch.quarantine import Quarantine
 from manta.fetch.retry import judge
 from manta.fetch.scheduler import Priority, Scheduler, Want
@@ -40,15 +39,11 @@ from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuit, Circuits
 from manta.hub.origin import Location, Origin
 from manta.model.ids import BlobId
-from manta.swarm.choice import Choice, FromOrigin, NotNow, Peer
 from manta.telemetry.events import Telemetry
 from manta.telemetry.meter import Meter
 from manta.wire.messages import Failed, Fetched
 
 log = logging.getLogger(__name__)
-
-BLOCKED_SECONDS = 0.05
-"""How soon is looked again at chunks that nobody had time for: an upload slot gets free after tens of milliseconds."""
 
 LOOK_SECONDS = 0.25
 """How often the orders under way are looked at: a straggler is noticed after a second or more."""
@@ -75,38 +70,6 @@ class Room(Protocol):
         ...
 
 
-class Peers(Protocol):
-    """The other nodes."""
-
-    choice: Choice
-    ledger: Ledger
-
-    def contact(self, node: str) -> Contact | None:
-        """How a member is reached; None where it is none any more."""
-        ...
-
-    def touch(self, blob: BlobId, size: int) -> None:
-        """The blob is being fetched: who has which of its chunks is of interest."""
-        ...
-
-    async def location(self, provenance: Provenance) -> Location | None:
-        """Where the bytes are, as the member says who asks the hub for all; None where this node is to ask. Raises Throttled where the hub
-        asked that member for a pause."""
-        ...
-
-    def took(self, node: str, count: int, *, chunk: bool) -> None:
-        """`count` bytes came from `node`; with `chunk` they were the last of one."""
-        ...
-
-    def failed(self, node: str) -> None:
-        """`node` did not give what it was asked for."""
-        ...
-
-    def wrong(self, node: str, transfer: Transfer, chunk: int) -> None:
-        """`node` gave other bytes than it announced, or than the origin has."""
-        ...
-
-
 class Fetcher:
     """`origin` None: offline, nothing can be fetched. `failed` hears of each fetch that was given up, `grown` of each chunk that came.
     `room` None: the cache has no bounds. `elsewhere` names where else mounts show a blob: asked when the places where it was opened are
@@ -129,7 +92,6 @@ class Fetcher:
         peers: Peers | None = None,
         peer_rate: int = 0,
     ) -> None:
-        self._peers = peers
         self._room = room
         self._telemetry = telemetry or Telemetry()
         self._store = store
@@ -140,7 +102,6 @@ class Fetcher:
         self._transfers: dict[str, Transfer] = {}
         self._pacer = Pacer(config.connections)
         self._stragglers = Stragglers()
-        self._peer_stragglers = Stragglers()
         self._throttles = Throttles()
         self._circuits = circuits or Circuits()
         self._locator = (
@@ -160,12 +121,12 @@ class Fetcher:
         self._way = Way(
             self._transfers, self._throttles, self._circuits, None if self._locator is None else self._locator.origin
         )
-        self._gate: SwarmGate | None = None
-        if peers is not None:
-            self._gate = SwarmGate(peers.choice, self._way, trio.current_time, peer_rate)
-        self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group, self._gate)
+        gate = None if peers is None else SwarmGate(peers.choice, self._way, trio.current_time, peer_rate)
+        self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group, gate)
+        self._neighbours: PeerOrders | None = None
+        if peers is not None and gate is not None:
+            self._neighbours = PeerOrders(peers, gate, workers, self._scheduler, self, self._telemetry)
         self._flights: set[Flight] = set()
-        self._peer_flights: set[PeerFlight] = set()
         self._flying = trio.Event()  # replaced when nothing is under way
         self._stirred = trio.Event()
         self._nursery: trio.Nursery
@@ -231,7 +192,7 @@ class Fetcher:
     @property
     def peer_orders(self) -> int:
         """Chunks that are coming from other nodes."""
-        return len(self._peer_flights)
+        return 0 if self._neighbours is None else len(self._neighbours.flights)
 
     def pauses(self) -> dict[str, float]:
         """The origins that want to be left alone, and for how many seconds from now."""
@@ -263,8 +224,7 @@ class Fetcher:
                     self._send(want, now)
                 change = self._scheduler.next_change(now)
                 until = math.inf if change is None else change
-                if self._gate is not None and self._gate.blocked:
-                    self._gate.blocked = False
+                if self._neighbours is not None and self._neighbours.held_back():
                     until = min(until, now + BLOCKED_SECONDS)
                 with trio.move_on_at(until):
                     await self._stirred.wait()
@@ -283,27 +243,18 @@ class Fetcher:
             for flight in self._flights:
                 flight.look()
             self._pacer.look(len(flights), now)
-            if self._peers is not None:
-                self._watch_peers(self._peers, now)
+            if self._neighbours is not None:
+                self._neighbours.look(now)
+                for flight in self._flights:
+                    self._neighbours.touch(flight.transfer)
             self._stirred.set()
-
-    def _watch_peers(self, peers: Peers, now: float) -> None:
-        """Which members are silent, and which orders to take elsewhere."""
-        flights = {flight.course: flight for flight in self._peer_flights}
-        peers.choice.set_silent({flight.node for flight in self._peer_flights if flight.silent(now)})
-        for course, flight in flights.items():
-            blob = flight.transfer.blob
-            peers.touch(blob.id, blob.size)
-            stuck = now - flight.heard > URGENT_SECONDS
-            if flight.wanted and (stuck or self._peer_stragglers.slow(course, flights, now)):
-                flight.give_up()
-        for other in self._flights:
-            peers.touch(other.transfer.blob.id, other.transfer.blob.size)
 
     @property
     def coming(self) -> int:
         """Bytes of the chunks that are under way: what the cache grows by without further orders, at most."""
-        return sum(flight.size for flight in self._flights) + sum(flight.size for flight in self._peer_flights)
+        return sum(flight.size for flight in self._flights) + (
+            0 if self._neighbours is None else sum(flight.size for flight in self._neighbours.flights)
+        )
 
     def _least_urgent(self) -> Priority | None:
         return Priority.FILL if self._room is None else self._room.least_urgent(self.coming)
@@ -324,8 +275,8 @@ class Fetcher:
             self._scheduler.finished(want)
             self._give_up(transfer, self._room.refusal, want.chunk)
             self._let_go(transfer)
-        elif self._sent_to_peer(transfer, want):
-            return
+        elif self._neighbours is not None and self._neighbours.send(transfer, want):
+            self._flying.set()
         elif self._locator is None:
             self._scheduler.finished(want)
             self._give_up(transfer, self._offline(transfer), want.chunk)
@@ -347,29 +298,9 @@ class Fetcher:
             self._flying.set()
             self._nursery.start_soon(self._carry_out, flight)
 
-    def _sent_to_peer(self, transfer: Transfer, want: Want) -> bool:
-        """Orders it from another node, where that is the place to ask; or from nobody, where nobody has time. False: it is the origin's."""
-        if self._gate is None or self._peers is None:
-            return False
-        source = self._gate.source(want.blob, want.chunk, want.priority)
-        contact = self._peers.contact(source.node) if isinstance(source, Peer) else None
-        if isinstance(source, NotNow) or (isinstance(source, Peer) and contact is None):
-            self._scheduler.again(want, trio.current_time() + BLOCKED_SECONDS)
-            return True
-        if not isinstance(source, Peer) or contact is None:
-            return False
-        flight = PeerFlight(self._workers, transfer, want, contact, source.pull, self._telemetry)
-        self._peer_flights.add(flight)
-        self._flying.set()
-        self._peers.choice.begin(source.node)
-        self._gate.spend(flight.course.wanted)
-        self._scheduler.beside(want)
-        self._nursery.start_soon(self._carry_out_from_peer, flight, self._peers)
-        return True
-
     def _put_off(self, want: Want, until: float) -> None:
         """Nothing of its blob goes before `until`; where there are other nodes, nothing that the gate would have come from the origin."""
-        if self._gate is None:
+        if self._neighbours is None:
             self._scheduler.again(want)
             self._scheduler.hold(want.blob, until)
         else:
@@ -386,11 +317,8 @@ class Fetcher:
         location = transfer.sources.location
         if self._locator is None or transfer.settling:
             return ""
-        if self._peers is not None:
-            blob = str(transfer.blob.id)
-            coming = {flight.want.chunk for flight in self._peer_flights if flight.transfer is transfer}
-            if any(chunk in coming or self._peers.choice.holders(blob, chunk) for chunk in chunks):
-                return ""
+        if self._neighbours is not None and self._neighbours.may_give(transfer, chunks):
+            return ""
         hub = self._locator.origin
         asked = hub if location is None or location.stale(time.time()) else location.origin
         return self._circuits.outage(asked, hub, since)
@@ -402,15 +330,15 @@ class Fetcher:
         self._pacer.came(count)
 
     def _offline(self, transfer: Transfer) -> Unavailable:
-        elsewhere = "" if self._peers is None else " nor at another node"
+        elsewhere = "" if self._neighbours is None else " nor at another node"
         return Unavailable(
             f"{transfer.name} is not in the cache{elsewhere}, and Manta is offline (--offline, MANTA_HUB_OFFLINE or HF_HUB_OFFLINE"
             " is set). Unset it, or prefetch while online."
         )
 
     def _on_asked(self, transfer: Transfer) -> None:
-        if self._peers is not None:
-            self._peers.touch(transfer.blob.id, transfer.blob.size)
+        if self._neighbours is not None:
+            self._neighbours.touch(transfer)
         elif self._locator is None and not transfer.settling:
             self._give_up(transfer, self._offline(transfer), None)
             return
@@ -466,14 +394,14 @@ class Fetcher:
     def _give_up_origin(self, transfer: Transfer, error: MantaError) -> None:
         """The hub does not say where the blob is: those are told who would need it, which with other nodes are not all."""
         blob, until = transfer.blob.id, trio.current_time() + REFUSED_SECONDS
-        if self._gate is None or self._peers is None or not self._peers.choice.anybody_has(str(blob)):
+        if self._neighbours is None or not self._neighbours.have(blob):
             if isinstance(error, Denied | Absent):
                 transfer.refuse(error, until)
             self._give_up(transfer, error, None)
             return
         self._way.refuse(blob, until)
         for chunk in self._scheduler.demanded(blob):
-            if isinstance(self._gate.source(blob, chunk, Priority.DEMAND), FromOrigin):
+            if self._neighbours.leave_to_origin(blob, chunk):
                 self._scheduler.forget_chunk(blob, chunk)
                 self._give_up(transfer, error, chunk)
 
@@ -481,21 +409,18 @@ class Fetcher:
 
     async def supply(self, provenance: Provenance, chunk: int, *, urgent: bool) -> None:
         """Gets `chunk` from the origin on behalf of another node; returns when it is in the cache. Raises what `Transfer.supply` does."""
-        assert self._gate is not None
+        assert self._neighbours is not None
         transfer = self.open(provenance)
-        key = transfer.blob.id, chunk
-        first = key not in self._gate.behalf
-        self._gate.behalf.add(key)
         try:
-            await transfer.supply(chunk, urgent=urgent)
+            with self._neighbours.on_behalf(transfer.blob.id, chunk):
+                await transfer.supply(chunk, urgent=urgent)
         finally:
-            if first:
-                self._gate.behalf.discard(key)
             self.close(transfer)
 
     def comes_from(self, blob: BlobId, chunk: int) -> str:
         """The node that this one is asking for the chunk right now; "" where there is none."""
-        return next((f.node for f in self._peer_flights if f.want.key == (blob, chunk)), "")
+        flights = () if self._neighbours is None else self._neighbours.flights
+        return next((f.node for f in flights if f.want.key == (blob, chunk)), "")
 
     async def locate(self, provenance: Provenance) -> Location:
         """Where the bytes are, for another node: asked of the hub where it is not known. Raises what the hub says."""
@@ -513,8 +438,8 @@ class Fetcher:
 
     def members_changed(self) -> None:
         """Chunks have other owners, and perhaps other holders."""
-        if self._gate is not None:
-            self._gate.members_changed()
+        if self._neighbours is not None:
+            self._neighbours.members_changed()
         self._stirred.set()
 
     def presence_changed(self) -> None:
@@ -543,104 +468,43 @@ class Fetcher:
             else:
                 self._after_success(flight, answer)
         finally:
-            self._note(transfer, flight.course.came, peer=False)
-            self._ended(flight)
+            if self._neighbours is not None:
+                self._neighbours.note_origin(transfer, flight.course.came)
+            flight.told.ended()
+            del transfer.watchers[want.chunk]
             self._flights.discard(flight)
-            if not (self._flights or self._peer_flights):
-                self._flying = trio.Event()
+            self._landed()
         self._stirred.set()
         self._let_go(transfer)
 
-    def _ended(self, flight: Flight | PeerFlight) -> None:
-        flight.told.ended()
-        del flight.transfer.watchers[flight.want.chunk]
+    def _landed(self) -> None:
+        """An order has ended."""
+        if not (self._flights or self.peer_orders):
+            self._flying = trio.Event()
 
-    def _note(self, transfer: Transfer, count: int, *, peer: bool) -> None:
-        if self._peers is not None and count:
-            self._peers.ledger.came(str(transfer.blob.id), transfer.blob.size, transfer.name, count, peer=peer)
+    # For the orders to other nodes -----------------------------------------------------------------------------------
 
-    async def _carry_out_from_peer(self, flight: PeerFlight, peers: Peers) -> None:
-        transfer, want = flight.transfer, flight.want
-        transfer.watchers[want.chunk] = flight.watch
-        answer: Fetched | Failed | None = None
-        try:
-            answer = await flight.run()
-            if isinstance(answer, Fetched):
-                transfer.blob.record(want.chunk, answer.digest)
-        except MantaError as e:  # the disk refused the chunk map, or no worker could be had
-            peers.choice.end(flight.node)
-            self._scheduler.finished(want)
-            self._give_up(transfer, e, want.chunk)
-        else:
-            if isinstance(answer, Failed):
-                self._after_peer_failure(flight, answer, peers)
-            else:
-                self._after_peer_success(flight, answer, peers)
-        finally:
-            peers.took(flight.node, flight.course.came, chunk=False)
-            self._note(transfer, flight.course.came, peer=True)
-            self._ended(flight)
-            self._peer_flights.discard(flight)
-            if not (self._flights or self._peer_flights):
-                self._flying = trio.Event()
-        self._stirred.set()
-        self._let_go(transfer)
+    def start(self, carry_out: Callable[[], Awaitable[None]]) -> None:
+        """Runs an order beside the others."""
+        self._nursery.start_soon(carry_out)
 
-    def _after_peer_success(self, flight: PeerFlight, answer: Fetched, peers: Peers) -> None:
-        transfer, want = flight.transfer, flight.want
-        peers.choice.got(
-            flight.node, str(want.blob), want.chunk, flight.course.wanted, answer.seconds - answer.first_byte_s
-        )
-        peers.took(flight.node, 0, chunk=True)
-        self._peer_stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
-        self._scheduler.finished(want)
-        if not transfer.blob.sealed:
-            transfer.from_peers[want.chunk] = flight.node, answer.digest
-        flight.told.done(answer.seconds, answer.first_byte_s)
-        flight.told.recorded()
-        transfer.recorded(want.chunk)
+    def came_from_peer(self, transfer: Transfer) -> None:
+        """A chunk came and is in the chunk map."""
         self._grown(transfer)
 
-    def _after_peer_failure(self, flight: PeerFlight, failure: Failed, peers: Peers) -> None:
-        """It is asked for elsewhere, or of the same one later: who is asked next is the gate's to say."""
-        transfer, want, now = flight.transfer, flight.want, trio.current_time()
-        blob, choice = str(want.blob), peers.choice
-        local = failure.reason in {"no_space", "cache_broken"} and not failure.behind
-        flight.told.failed(failure, 1, retry=not local, pause_s=0.0)
-        if local:
-            choice.end(flight.node)
-            self._scheduler.finished(want)
-            error = BY_CODE.get(failure.reason, Unavailable)
-            self._give_up(transfer, error(f"{transfer.name}: {failure.message}. {_ADVICE[failure.reason]}"), want.chunk)
-            return
-        if failure.behind:
-            choice.unable(flight.node, blob, want.chunk, now)
-            transfer.trouble = failure.message
-            if failure.reason == "throttled" and failure.origin:
-                self.heed_pause(failure.origin, failure.retry_after_s)
-        elif failure.reason == "busy":
-            choice.busy(flight.node, blob, want.chunk, failure.holders, now, failure.retry_after_s)
-        elif failure.reason == "absent":
-            choice.lacks(flight.node, blob, want.chunk, now)
-        elif failure.reason == "cancelled" and not flight.given_up:
-            choice.end(flight.node)
-        else:
-            choice.failed(flight.node, now)
-            peers.failed(flight.node)
-            transfer.trouble = failure.message
-            if failure.reason == "corrupt":
-                choice.lied(flight.node, now)
-                peers.wrong(flight.node, transfer, want.chunk)
-                transfer.distrust(want.chunk)
-        self._scheduler.again(want)
+    def peer_order_ended(self, transfer: Transfer) -> None:
+        self._landed()
+        self._stirred.set()
+        self._let_go(transfer)
+
+    def give_up(self, transfer: Transfer, failure: MantaError, chunk: int) -> None:
+        """What kept a chunk from coming would keep it from coming from anywhere: this node's disk, or no worker."""
+        self._give_up(transfer, failure, chunk)
 
     def verified(self, transfer: Transfer) -> None:
-        """The blob has matched its digest. Who gave a chunk that was another before all was fetched anew gave a wrong one."""
-        for chunk, (node, digest) in transfer.from_peers.items():
-            if self._peers is not None and transfer.blob.digest(chunk) != digest:
-                self._peers.choice.lied(node, trio.current_time())
-                self._peers.wrong(node, transfer, chunk)
-        transfer.from_peers.clear()
+        """The blob has matched its digest."""
+        if self._neighbours is not None:
+            self._neighbours.verified(transfer)
 
     def _after_success(self, flight: Flight, answer: Fetched) -> None:
         transfer, want = flight.transfer, flight.want
