@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "fs": {"errors", "model", "fetch", "hub.origin", "telemetry"},
     "fuse": {"errors", "config", "fs", "control.binding"},
     # The worker process: the wire, the digests that it computes where it writes, and how to read a hub's request to wait.
-    "worker": {"errors", "model", "wire", "cache.digests", "hub.quota", "swarm.auth", "swarm.protocol"},
+    "worker": {"errors", "model", "wire", "cache.digests", "hub.quota", "swarm.auth", "swarm.compression", "swarm.protocol"},
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
     "operations": {
         "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "keeper", "telemetry",

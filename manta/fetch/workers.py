@@ -34,6 +34,7 @@ from manta.wire.messages import (
     Locate,
     Located,
     Progress,
+    Pull,
     Ready,
     ToWorker,
     Verified,
@@ -113,6 +114,11 @@ class Workers(Protocol):
     async def fetch(
         self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, control: OrderControl
     ) -> Fetched | Failed: ...
+
+    async def pull(
+        self, order: Callable[[int], Pull], fd: int, progress: OnProgress, control: OrderControl
+    ) -> Fetched | Failed:
+        """`progress` is of what is on the way, of no byte at all (at == upto) while the node fetches it: nothing of it is to be read."""
 
     async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed: ...
 
@@ -289,6 +295,15 @@ class WorkerPool:
         assert isinstance(answer, Fetched | Failed)
         return answer
 
+    async def pull(
+        self, order: Callable[[int], Pull], fd: int, progress: OnProgress, control: OrderControl
+    ) -> Fetched | Failed:
+        # A wait for a connection, for an answer and for the first bytes, each bounded; word that the node is fetching is progress.
+        silence_s = 3 * order(0).stall_s
+        answer = await self._order("fetch", order, fd, progress, silence_s, control)
+        assert isinstance(answer, Fetched | Failed)
+        return answer
+
     async def digest(self, blob: str, start: int, end: int, blob_size: int, fd: int) -> Digested | Failed:
         silence_s = _reading_s(end - start)
         answer = await self._order("digest", lambda n: Digest(n, blob, start, end, blob_size), fd, None, silence_s)
@@ -321,7 +336,8 @@ class WorkerPool:
             try:
                 await worker.channel.send(order := make(number), fd)
                 if control is not None:
-                    watched = isinstance(order, Fetch) and order.watched
+                    # Nobody can read the bytes of a Pull before it is done: there is nothing to watch.
+                    watched = isinstance(order, Pull) or (isinstance(order, Fetch) and order.watched)
                     control.bind(number, worker.process.pid, worker.channel.tell_nowait, watched=watched)
                 await pending.answered.wait()
             except Closed:

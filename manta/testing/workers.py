@@ -7,6 +7,7 @@
     fault.release()                                   # ... until now
     workers.fault("fetch", failed("denied", status=403), times=2)
     workers.fault("digest", Unavailable("no worker"))
+    workers.give(node, blob, data)                    # what `pull` gets from that node
     workers.fetches, workers.bytes_sent, workers.under_way, workers.violations
 
 It does to the cache file what a worker does: it writes the ordered extents of known content in their order and tells so piece by piece,
@@ -20,7 +21,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,6 +40,7 @@ from manta.wire.messages import (
     Fetched,
     Locate,
     Located,
+    Pull,
     Reason,
     Verified,
     Verify,
@@ -48,8 +50,8 @@ from manta.worker.digester import Digester
 from manta.worker.failure import OrderFailed, disk_failure
 from manta.worker.verifier import verify
 
-Kind = Literal["locate", "fetch", "digest", "verify"]
-Order = Locate | Fetch | Digest | Verify
+Kind = Literal["locate", "fetch", "pull", "digest", "verify"]
+Order = Locate | Fetch | Pull | Digest | Verify
 
 SECRET = "x-secret-signature"
 """Is in every location's URL: what people read must not hold it."""
@@ -65,9 +67,12 @@ def failed(
     retry_after_s: float = 0.0,
     *,
     unreachable: bool = False,
+    behind: bool = False,
+    holders: Sequence[str] = (),
+    origin: str = "",
 ) -> Failed:
     """A failure to give to `FakeWorkers.fault`, whatever the order's number will be."""
-    return Failed(0, reason, message, status, retry_after_s, unreachable)
+    return Failed(0, reason, message, status, retry_after_s, unreachable, behind, list(holders), origin)
 
 
 @dataclass(eq=False)
@@ -119,6 +124,7 @@ class FakeWorkers:
         """What no daemon may order, such as a chunk that is being fetched."""
         self._published: dict[str, bytes] = {}
         self._located: dict[str, str] = {}
+        self._given: dict[tuple[str, str], tuple[bytes, bool]] = {}
         self._faults: list[Fault] = []
         self._chunks: Counter[tuple[str, int]] = Counter()
         self._digester = Digester()
@@ -135,6 +141,10 @@ class FakeWorkers:
         """`url` is unknown to the hub from now on (404); locations given out stay good."""
         self._published.pop(url, None)
 
+    def give(self, node: str, blob: str, data: bytes, *, held: bool = True) -> None:
+        """Other nodes: `node` has the blob from now on; where it is not `held`, it gives a chunk only to who asks it to fetch that."""
+        self._given[node, blob] = data, held
+
     def fault(
         self,
         kind: Kind,
@@ -148,8 +158,8 @@ class FakeWorkers:
     ) -> Fault:
         """Puts a fault in force. The first one that fits an order befalls it; without `answer` the order goes on after it.
 
-        `after_bytes` is where in a fetch it strikes; `hold` stops there until `release`; `flip` inverts the byte at that offset of the
-        blob, and is all that befalls the fetch.
+        `after_bytes` is where in a fetch or pull it strikes; `hold` stops there until `release`; `flip` inverts the byte at that offset of
+        the blob, and is all that befalls the order.
         """
         fault = Fault(kind, answer, where or (lambda _order: True), times, after_bytes, hold, flip)
         self._faults.append(fault)
@@ -164,6 +174,10 @@ class FakeWorkers:
     @property
     def fetches(self) -> list[Fetch]:
         return [order for order in self.orders if isinstance(order, Fetch)]
+
+    @property
+    def pulls(self) -> list[Pull]:
+        return [order for order in self.orders if isinstance(order, Pull)]
 
     @property
     def digests(self) -> list[Digest]:
@@ -199,13 +213,56 @@ class FakeWorkers:
     async def fetch(
         self, order: Callable[[int], Fetch], fd: int, progress: OnProgress, control: OrderControl
     ) -> Fetched | Failed:
-        number = next(self._numbers)
-        told = order(number)
+        told = order(next(self._numbers))
         hub_url = self._located[told.url]
-        key = hub_url, told.start
+
+        async def carry_out() -> Fetched | Failed:
+            failure = await self._write(told, self._published.get(hub_url, b""), fd, progress)
+            return failure or Fetched(told.order, _digest(told, fd) if told.last else b"", 0.0)
+
+        return await self._bounded(told, hub_url, carry_out, control, watched=told.watched)
+
+    async def pull(
+        self, order: Callable[[int], Pull], fd: int, progress: OnProgress, control: OrderControl
+    ) -> Fetched | Failed:
+        told = order(next(self._numbers))
+        data, held = self._given.get((told.node, told.blob), (b"", False))
+
+        async def carry_out() -> Fetched | Failed:
+            if not data or not (held or told.pull):
+                if (fault := self._struck("pull", told)) is not None:
+                    await fault.strike()
+                    if isinstance(fault.answer, Failed):
+                        return _numbered(fault.answer, told.order)
+                return Failed(told.order, "absent", f"{told.address} answered 404", 404)
+            if not held:
+                progress(told.start, told.start)
+            if (failure := await self._write(told, data, fd, progress)) is not None:
+                return failure
+            if (digest := _digest(told, fd)) != chunk_digest(data[told.start : told.end]):
+                return Failed(
+                    told.order,
+                    "corrupt",
+                    f"{told.address} sent bytes that are not those of the digest it announced",
+                )
+            return Fetched(told.order, digest, 0.0)
+
+        return await self._bounded(told, told.blob, carry_out, control, watched=True)
+
+    async def _bounded(
+        self,
+        told: Fetch | Pull,
+        content: str,
+        carry_out: Callable[[], Awaitable[Fetched | Failed]],
+        control: OrderControl,
+        *,
+        watched: bool,
+    ) -> Fetched | Failed:
+        """Carries an order out, unless it is cancelled, and notes what no daemon may order."""
+        key = content, told.start
         if self._chunks[key] > 1:
             self.violations.append(
-                f"chunk {told.start}..{told.end} of {hub_url} was ordered a third time while under way"
+                f"chunk {told.start}..{told.end} of {content} was ordered a third time while under way"
             )
         if any(not told.start <= start < end <= told.end for start, end in told.extents):
             self.violations.append(f"extents {told.extents} of chunk {told.start}..{told.end}")
@@ -216,12 +273,12 @@ class FakeWorkers:
             if isinstance(message, Cancel):
                 cancelled.cancel()
 
-        control.bind(number, 0, tell, watched=told.watched)
+        control.bind(told.order, 0, tell, watched=watched)
         try:
             with _Counted(self, told), cancelled:
                 await trio.lowlevel.checkpoint()
-                return await self._write(told, hub_url, fd, progress)
-            return Failed(number, "cancelled", "was cancelled")
+                return await carry_out()
+            return Failed(told.order, "cancelled", "was cancelled")
         finally:
             control.release()
             self._chunks[key] -= 1
@@ -262,9 +319,9 @@ class FakeWorkers:
                 return fault
         return None
 
-    async def _write(self, order: Fetch, hub_url: str, fd: int, progress: OnProgress) -> Fetched | Failed:
-        data = self._published.get(hub_url, b"")
-        fault, written = self._struck("fetch", order), 0
+    async def _write(self, order: Fetch | Pull, data: bytes, fd: int, progress: OnProgress) -> Failed | None:
+        """The ordered extents of `data`; None when they are in the file."""
+        fault, written = self._struck("fetch" if isinstance(order, Fetch) else "pull", order), 0
         for start, end in order.extents:
             at = start
             while at < end:
@@ -290,8 +347,7 @@ class FakeWorkers:
                     await struck.strike()
                     if isinstance(struck.answer, Failed):
                         return _numbered(struck.answer, order.order)
-        digest = chunk_digest(os.pread(fd, order.end - order.start, order.start)) if order.last else b""
-        return Fetched(order.order, digest, 0.0)
+        return None
 
 
 class _Counted:
@@ -307,6 +363,11 @@ class _Counted:
 
     def __exit__(self, *_: object) -> None:
         self._workers.under_way -= 1
+
+
+def _digest(order: Fetch | Pull, fd: int) -> bytes:
+    """Of the chunk, as it is in the file."""
+    return chunk_digest(os.pread(fd, order.end - order.start, order.start))
 
 
 def _numbered(answer: Failed, number: int) -> Failed:

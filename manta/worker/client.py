@@ -1,6 +1,6 @@
 """A worker's connections: to which address, over TLS or a proxy, and kept while they are idle. Here and only here.
 
-asyncio; used by `manta.worker.origin`. The daemon bounds the requests under way, and so the connections.
+asyncio; used by `manta.worker.origin` and `manta.worker.peer`. The daemon bounds the requests under way, and so the connections in use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -23,6 +23,12 @@ from manta.worker.connection import Broken, Connection, Head
 
 IDLE_SECONDS_MAX = 30.0
 """An idle connection is kept this long for the next chunk of a file; servers close theirs after 15 s and more."""
+
+IDLE_MAX = 64
+"""Idle connections, to all servers together: the CDN's, or those of the peers that were asked last."""
+
+ADDRESSES_MAX = 1024
+"""Names whose addresses are known. Peers come and go."""
 
 ADDRESS_SECONDS_MAX = 60.0
 """How long the addresses of a name are used again: eight connections to one CDN open at the same time."""
@@ -37,13 +43,19 @@ _Origin = tuple[str, str, int]
 
 
 class Client:
-    """HTTP/1.1 to any number of origins. Must be made inside the loop that uses it. Proxies are the environment's, as for other clients."""
+    """HTTP/1.1 to any number of origins. Must be made inside the loop that uses it.
 
-    def __init__(self) -> None:
+    `authorities` is a PEM file of those that a server's certificate must come from, "" for the system's; `name` what must be in it, "" for
+    the host that is asked. Raises OSError where the file cannot be read. Proxies are the environment's, as for other clients, or none
+    where it is `direct`.
+    """
+
+    def __init__(self, authorities: str = "", name: str = "", *, direct: bool = False) -> None:
         # SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own.
-        self._tls = ssl.create_default_context()
+        self._tls = ssl.create_default_context(cafile=authorities or None)
         self._tls.set_alpn_protocols(["http/1.1"])
-        self._proxies = urllib.request.getproxies()
+        self._name = name
+        self._proxies = {} if direct else urllib.request.getproxies()
         self._idle: dict[_Origin, list[tuple[Connection, asyncio.TimerHandle]]] = {}
         self._addresses: dict[tuple[str, int], tuple[float, Sequence[AddrInfoType]]] = {}
 
@@ -57,33 +69,45 @@ class Client:
 
     @asynccontextmanager
     async def exchange(
-        self, method: str, url: URL, headers: Mapping[str, str], *, connect_s: float, silence_s: float
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str] | Callable[[], Mapping[str, str]],
+        *,
+        connect_s: float,
+        silence_s: float,
     ) -> AsyncIterator[tuple[Connection, Head]]:
         """An answer's head and the connection that its body comes on. Redirects are answers.
 
         Raises Broken, and TimeoutError where the answer does not come for `silence_s`. A connection that the server closed while it was
-        idle is no failure: another is opened.
+        idle is no failure: another is opened. `headers` that are good for one request only are made anew for that.
         """
         proxy = self._proxy_of(url)
-        own = {name.lower() for name in headers}
-        fields = [(name, value) for name, value in _HEADERS if name.lower() not in own]
-        fields += [("Host", url.host_port_subcomponent or ""), *headers.items()]
         target = url.raw_path_qs
         if proxy is not None and url.scheme == "http":
             target = str(url.with_user(None).with_fragment(None))
-            fields += _proxy_authorization(proxy)
+
+        async def request(connection: Connection) -> Head:
+            given = headers() if callable(headers) else headers
+            own = {name.lower() for name in given}
+            fields = [(name, value) for name, value in _HEADERS if name.lower() not in own]
+            fields += [("Host", url.host_port_subcomponent or ""), *given.items()]
+            if proxy is not None and url.scheme == "http":
+                fields += _proxy_authorization(proxy)
+            return await connection.request(method, target, fields, silence_s)
+
         connection = self._take_idle(url)
         reused = connection is not None
         if connection is None:
             connection = await self._connect(url, proxy, connect_s, silence_s)
         try:
             try:
-                head = await connection.request(method, target, fields, silence_s)
+                head = await request(connection)
             except Broken as e:
                 if not (reused and e.unanswered):
                     raise
                 connection = await self._connect(url, proxy, connect_s, silence_s)
-                head = await connection.request(method, target, fields, silence_s)
+                head = await request(connection)
             yield connection, head
         except BaseException:
             connection.close()
@@ -95,20 +119,28 @@ class Client:
 
     def _take_idle(self, url: URL) -> Connection | None:
         kept = self._idle.get(_origin(url), [])
-        while kept:
+        found = None
+        while kept and found is None:
             connection, expiry = kept.pop()  # the one used last: its window is the widest
             expiry.cancel()
-            if connection.open:
-                return connection
-        return None
+            found = connection if connection.open else None
+        if not kept:
+            self._idle.pop(_origin(url), None)
+        return found
 
     def _keep(self, url: URL, connection: Connection) -> None:
+        if sum(map(len, self._idle.values())) >= IDLE_MAX:
+            oldest = min(self._idle, key=lambda origin: self._idle[origin][0][1].when())
+            self._idle[oldest][0][1].cancel()
+            self._expire(oldest)
         kept = self._idle.setdefault(_origin(url), [])
-        kept.append((connection, asyncio.get_running_loop().call_later(IDLE_SECONDS_MAX, self._expire, kept)))
+        loop = asyncio.get_running_loop()
+        kept.append((connection, loop.call_later(IDLE_SECONDS_MAX, self._expire, _origin(url))))
 
-    @staticmethod
-    def _expire(kept: list[tuple[Connection, asyncio.TimerHandle]]) -> None:
-        connection, _ = kept.pop(0)  # the oldest
+    def _expire(self, origin: _Origin) -> None:
+        connection, _ = self._idle[origin].pop(0)  # the oldest
+        if not self._idle[origin]:
+            del self._idle[origin]
         connection.close()
 
     # New ones ----------------------------------------------------------------------------------------------------------
@@ -139,7 +171,10 @@ class Client:
         try:
             connected = await start_connection(addresses, happy_eyeballs_delay=SECOND_ADDRESS_SECONDS)
             _, connection = await asyncio.get_running_loop().create_connection(
-                Connection, sock=connected, ssl=self._tls if tls else None, server_hostname=host if tls else None
+                Connection,
+                sock=connected,
+                ssl=self._tls if tls else None,
+                server_hostname=(self._name or host) if tls else None,
             )
         except OSError as e:
             raise _refused(e) from e
@@ -155,6 +190,8 @@ class Client:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except socket.gaierror:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        if len(self._addresses) >= ADDRESSES_MAX:
+            self._addresses.clear()
         self._addresses[host, port] = time.monotonic() + ADDRESS_SECONDS_MAX, found
         return found
 
@@ -167,7 +204,7 @@ class Client:
             )
             if answer.status != 200:
                 raise Broken(f"cannot be reached: the proxy {proxy.host} answered {answer.status}")
-            await connection.begin_tls(self._tls, host)
+            await connection.begin_tls(self._tls, self._name or host)
         except OSError as e:
             connection.close()
             raise _refused(e) from e

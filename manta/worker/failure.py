@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,16 @@ class OrderFailed(Exception):
     """`message` is a clause for a sentence, without signed URLs and without tokens. The rest is as in `manta.wire.messages.Failed`."""
 
     def __init__(
-        self, reason: Reason, message: str, status: int = 0, retry_after_s: float = 0.0, *, unreachable: bool = False
+        self,
+        reason: Reason,
+        message: str,
+        status: int = 0,
+        retry_after_s: float = 0.0,
+        *,
+        unreachable: bool = False,
+        behind: bool = False,
+        holders: Sequence[str] = (),
+        origin: str = "",
     ) -> None:
         super().__init__(message)
         self.reason: Reason = reason
@@ -22,6 +32,9 @@ class OrderFailed(Exception):
         self.status = status
         self.retry_after_s = retry_after_s
         self.unreachable = unreachable
+        self.behind = behind
+        self.holders = holders
+        self.origin = origin
 
 
 def disk_failure(e: OSError) -> OrderFailed:

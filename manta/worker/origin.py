@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import http
-import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 from yarl import URL
 
 from manta.hub.quota import asked_wait_s
 from manta.wire.messages import Fetch, Fetched, Locate, Located, Reason
 from manta.worker.client import Client
-from manta.worker.connection import Broken, Connection, Head
+from manta.worker.connection import Broken, Head
 from manta.worker.failure import OrderFailed
-from manta.worker.sink import PROGRESS_SECONDS_MIN, ChunkSink
+from manta.worker.intake import Intake
+from manta.worker.sink import ChunkSink
 
 CONNECT_SECONDS_MAX = 10.0
 REDIRECTS_MAX = 5
@@ -31,22 +30,6 @@ THROTTLED_SECONDS = 10.0
 
 RETRY_AFTER_SECONDS_MAX = 600.0
 """The Hub's quota window is 5 minutes; what asks for more than twice that is not believed."""
-
-TELL_SECONDS = 0.1
-"""Bytes in the file are told of after this long however few they are: unseen by a person, and ten wake-ups a second per order."""
-
-UNWATCHED_TICKS = 5
-"""Where no reader waits they are told of every half second, for the rates that people see."""
-
-GATHER_BYTES_MAX = 512 * 1024
-"""Bytes that the kernel gathers at most before it wakes the worker, see `_Intake`: half of what is taken at a time, so that the rest comes
-while these are written."""
-
-GATHER_BYTES_MIN = 64 * 1024
-"""Fewer are not worth the system calls: the kernel hands up as much at a time by itself."""
-
-GATHER_SECONDS = 0.05
-"""Bytes that nobody waits for may lie in the kernel for this long, those that a reader waits for as long as it takes to tell of them."""
 
 _HEADERS_KEPT = frozenset(
     {
@@ -132,7 +115,7 @@ class OriginClient:
     """Carries out orders, any number at once. Must be made inside the loop that uses it."""
 
     def __init__(self) -> None:
-        self._intakes: dict[int, _Intake] = {}  # by order: what is under way
+        self._intakes: dict[int, Intake] = {}  # by order: what is under way
         self._client = Client()
 
     def close(self) -> None:
@@ -166,7 +149,7 @@ class OriginClient:
         """Raises OrderFailed; what has been written and told by `progress` stays."""
         began = time.monotonic()
         sink = ChunkSink(fd, order.start, order.end, progress, watched=order.watched)
-        intake = _Intake(sink)
+        intake = Intake(sink)
         ticker = asyncio.create_task(intake.keep_moving())
         self._intakes[order.order] = intake
         url = URL(order.url, encoded=True)
@@ -192,7 +175,7 @@ class OriginClient:
             intake.watch()
 
     async def _fetch_extent(
-        self, order: Fetch, url: URL, start: int, end: int, sink: ChunkSink, intake: _Intake
+        self, order: Fetch, url: URL, start: int, end: int, sink: ChunkSink, intake: Intake
     ) -> None:
         headers = dict(order.headers) | {"Range": f"bytes={start}-{end - 1}"}
         # Until the first byte the daemon hears nothing of this order. All redirects together have one deadline, so that a slow
@@ -247,69 +230,3 @@ def _check(host: str | None, head: Head, start: int, end: int, blob_size: int) -
             raise OrderFailed("unavailable", f"{host} sent a web page instead of the file")
         return end
     raise _refusal(host, head)
-
-
-class _Intake:
-    """Passes an order's bytes to its sink, and says how many the kernel gathers before it wakes the worker for them.
-
-    A transfer behind a link shared by eight gets 15 MB/s and a wake-up for each 64 KB of it; without such a limit there are ten times as
-    many bytes, and small writes to the cache file cost twice as much as large ones. So SO_RCVLOWAT has the kernel gather what comes
-    within GATHER_SECONDS, or PROGRESS_SECONDS_MIN where a reader waits, which hears no sooner of it. Never more than half of what is surely
-    still to come: a connection that waits for more than that would wait for ever. (TLS adds to it, and holds at most 16 KiB back.)
-    """
-
-    def __init__(self, sink: ChunkSink, clock: Callable[[], float] = time.monotonic) -> None:
-        self._sink = sink
-        self._clock = clock
-        self._connection: Connection | None = None
-        self._upto = 0  # where the body ends
-        self._bytes = 0  # since the last tick
-        self._since = 0.0
-        self._rate = 0.0  # bytes per second up to the last tick, 0 where there was none or nothing came
-
-    @contextmanager
-    def of(self, connection: Connection, upto: int) -> Iterator[None]:
-        """For a body that goes up to `upto`. Afterwards its connection is another order's."""
-        self._connection, self._upto = connection, upto
-        self._bytes, self._since, self._rate = 0, self._clock(), 0.0
-        try:
-            yield
-        finally:
-            self._connection = None
-
-    def take(self, piece: memoryview) -> None:
-        """Bytes of the body. Raises OrderFailed where the disk refuses them."""
-        self._bytes += len(piece)
-        self._sink.write(piece)
-        self._gather()
-
-    def watch(self) -> None:
-        """A reader waits from now on."""
-        self._sink.watched = True
-        self._sink.tell()
-        self._gather()
-
-    async def keep_moving(self) -> None:
-        """A sender that pauses after a burst must not keep a reader from the bytes that came with it, nor bytes in the socket."""
-        for tick in itertools.count(1):
-            await asyncio.sleep(TELL_SECONDS)
-            self.pace()
-            if self._sink.watched or tick % UNWATCHED_TICKS == 0:
-                self._sink.tell()
-
-    def pace(self) -> None:
-        """Looks how fast bytes came since the last time."""
-        now = self._clock()
-        self._rate = self._bytes / max(now - self._since, TELL_SECONDS)
-        self._bytes, self._since = 0, now
-        self._gather()
-
-    def _gather(self) -> None:
-        if self._connection is None:
-            return
-        # Before the first tick: since the body began, but that begins with a burst that says little.
-        rate = self._rate or self._bytes / max(self._clock() - self._since, TELL_SECONDS / 5)
-        lull_s = PROGRESS_SECONDS_MIN if self._sink.watched else GATHER_SECONDS
-        count = min(int(rate * lull_s), (self._upto - self._sink.at) // 2, GATHER_BYTES_MAX)
-        # A power of two, so that it changes rarely.
-        self._connection.gather(1 << (count.bit_length() - 1) if count >= GATHER_BYTES_MIN else 1)

@@ -46,6 +46,7 @@ from manta.worker.verifier import verify
 
 if TYPE_CHECKING:
     from manta.worker.origin import OriginClient
+    from manta.worker.peer import PeerClient
 
 _DIGEST_NICENESS = 10  # digests take idle CPU: a reader or a transfer goes first
 _PR_SET_PDEATHSIG = 1
@@ -101,9 +102,10 @@ class _Link:
 
 
 class _Worker:
-    def __init__(self, link: _Link, origin: OriginClient | None) -> None:
+    def __init__(self, link: _Link, origin: OriginClient | None, peers: PeerClient | None) -> None:
         self._link = link
         self._origin = origin
+        self._peers = peers
         self._digester = Digester()
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -136,6 +138,8 @@ class _Worker:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         if self._origin is not None:
             self._origin.close()
+        if self._peers is not None:
+            self._peers.close()
 
     def _forget(self, number: int, _task: asyncio.Task[None]) -> None:
         self._tasks.pop(number, None)
@@ -146,7 +150,17 @@ class _Worker:
         except asyncio.CancelledError:
             answer = Failed(order.order, "cancelled", "was cancelled")
         except OrderFailed as e:
-            answer = Failed(order.order, e.reason, e.message, e.status, e.retry_after_s, e.unreachable)
+            answer = Failed(
+                order.order,
+                e.reason,
+                e.message,
+                e.status,
+                e.retry_after_s,
+                e.unreachable,
+                e.behind,
+                list(e.holders),
+                e.origin,
+            )
         except Exception as e:
             answer = Failed(order.order, "unavailable", f"failed in the worker: {type(e).__name__}")
         finally:
@@ -169,7 +183,10 @@ class _Worker:
                     order, fd, lambda at, upto: self._link.send(Progress(order.order, at, upto))
                 )
             case Pull():
-                raise OrderFailed("unavailable", "reached a worker that asks no peers")
+                assert fd is not None
+                return await self._of_swarm().pull(
+                    order, fd, lambda at, upto: self._link.send(Progress(order.order, at, upto))
+                )
             case Digest():
                 assert fd is not None
                 return await _in_thread(self._digester.advance, order, fd)
@@ -183,6 +200,11 @@ class _Worker:
         if self._origin is None:
             raise OrderFailed("unavailable", "reached a worker that only digests")
         return self._origin
+
+    def _of_swarm(self) -> PeerClient:
+        if self._peers is None:
+            raise OrderFailed("unavailable", "reached a worker that only digests")
+        return self._peers
 
 
 _Order = TypeVar("_Order", Digest, Verify)
@@ -200,15 +222,16 @@ async def _in_thread(work: Callable[[_Order, int], _Answer], order: _Order, fd: 
 
 
 async def _serve(role: str, sock: socket.socket) -> None:
-    origin = None
+    origin = peers = None
     if role == "fetch":
-        # The digest worker does without its libraries.
+        # The digest worker does without their libraries.
         from manta.worker.origin import OriginClient
+        from manta.worker.peer import PeerClient
 
-        origin = OriginClient()
+        origin, peers = OriginClient(), PeerClient()
     # What is loaded by now stays for good: taking it out of the collector's sight spares its passes over it.
     gc.freeze()
-    await _Worker(_Link(sock), origin).serve()
+    await _Worker(_Link(sock), origin, peers).serve()
 
 
 def run(role: str, fd: int) -> int:

@@ -23,7 +23,6 @@ from manta.wire.messages import Fetch, Fetched, Locate, Located
 from manta.worker import origin as module
 from manta.worker.failure import OrderFailed
 from manta.worker.origin import THROTTLED_SECONDS, OriginClient, retry_after_s
-from manta.worker.sink import ChunkSink
 from tests.worker.conftest import FILE, REPO, SIZE, TOKEN
 
 T = TypeVar("T")
@@ -172,52 +171,6 @@ def test_bytes_over_tls_are_gathered_too(
             outcome = attempt(url, start=0, end=SIZE, watched=False, stall_s=2.0)
             assert outcome.fetched is not None, outcome.message
             assert outcome.fetched.digest == chunk_digest(data)
-
-
-class Gathered:
-    """A connection that only knows what the kernel was told to gather last."""
-
-    count = 1
-
-    def gather(self, count: int) -> None:
-        self.count = count
-
-
-def test_more_is_gathered_the_faster_it_comes_and_less_where_a_reader_waits(cache_fd: int, data: bytes) -> None:
-    now = 0.0
-    connection: Any = Gathered()
-    size, piece = 2_000_000, memoryview(data)[:100_000]
-    intake = module._Intake(ChunkSink(cache_fd, 0, size, lambda *_: None, watched=False), lambda: now)
-    with intake.of(connection, size):
-        counts = []
-        for _ in range(4):
-            intake.take(piece)
-            counts.append(connection.count)
-            now += 0.001
-        # As much as comes in 50 ms. Of the first tick no more than a fifth is believed: 5, 10 and 20 MB/s.
-        assert counts == [128 * 1024, 256 * 1024, 512 * 1024, 512 * 1024]
-        now = 0.1
-        intake.pace()
-        assert connection.count == 128 * 1024  # 4 MB/s in the end
-        intake.watch()
-        assert connection.count == 1  # 4 ms of that are not worth it
-
-
-def test_no_more_is_gathered_than_is_still_to_come_and_nothing_for_another_order(cache_fd: int, data: bytes) -> None:
-    connection: Any = Gathered()
-    size, piece = 1_000_000, memoryview(data)[:100_000]
-    sink = ChunkSink(cache_fd, 0, size, lambda *_: None, watched=False)
-    intake = module._Intake(sink, lambda: 0.0)
-    with intake.of(connection, size):
-        for _ in range(10):
-            intake.take(piece)
-            assert connection.count == 1 or connection.count <= (size - sink.at) / 2
-        assert connection.count == 1
-    connection.count = 77
-    sink.begin(0)
-    intake.pace()
-    intake.watch()
-    assert connection.count == 77
 
 
 def test_what_is_there_already_is_not_asked_for(
