@@ -74,6 +74,7 @@ LIBRARIES: dict[str, set[str]] = {
     "huggingface_hub": {"hub", "testing"},
     "lz4": {"cache", "swarm", "worker"},
     "xxhash": {"cache", "swarm.ownership"},
+    "kubernetes_asyncio": {"swarm.kubernetes"},
     "requests": set(),
 }  # fmt: skip
 """Where each library may be known. A part that is not named must run, and be tested, without it."""

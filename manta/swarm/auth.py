@@ -69,6 +69,8 @@ class Answer:
     status: int
     head: str = ""
     body: bytes = b""
+    body_sha256: str = ""
+    """Hex, instead of `body`, for one that is too large to have at hand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def sign_answer(answer: Answer, sender: Sender, node: str) -> str:
 
 
 def _answer_mac(key: bytes, answer: Answer, nonce: str, node: str) -> str:
-    body = hashlib.sha256(answer.body).hexdigest()
+    body = answer.body_sha256 or hashlib.sha256(answer.body).hexdigest()
     return _mac(key, "manta-answer-1", node, nonce, str(answer.status), answer.head, body)
 
 
