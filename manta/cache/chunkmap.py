@@ -130,6 +130,22 @@ def decode_header(data: bytes, file_bytes: int) -> Header:
     return header
 
 
+def entry_seed(header: Header) -> int:
+    """What the CRC of every entry of that map begins with."""
+    return zlib.crc32(header.encode()[16:72])
+
+
+def entry_digest(seed: int, chunk: int, entry: bytes) -> bytes | None:
+    """The digest that the entry of `chunk` holds; None where it is damaged or was never written."""
+    # An entry never written is all zeros, and a file hole reads as zeros: never an entry, whatever the CRC makes of them.
+    digest = entry[:DIGEST_BYTES]
+    return digest if entry != _NO_ENTRY and entry[DIGEST_BYTES:] == _check(seed, chunk, digest) else None
+
+
+def _check(seed: int, chunk: int, digest: bytes) -> bytes:
+    return _CRC.pack(zlib.crc32(digest, zlib.crc32(chunk.to_bytes(8, "little"), seed)))
+
+
 class ChunkMap:
     """The chunk map of one blob: a mirror in memory, which answers, and its file, which survives."""
 
@@ -147,7 +163,7 @@ class ChunkMap:
         self._present_count = 0
         self._prefix = 0
         self._generation = 0
-        self._seed = zlib.crc32(header.encode()[16:72])
+        self._seed = entry_seed(header)
         self._condemned = False
         self._lock = threading.Lock()
 
@@ -209,7 +225,7 @@ class ChunkMap:
         for chunk in _set_bits(data[HEADER_BYTES:entries_at], len(self.grid)):
             at = entries_at + chunk * ENTRY_BYTES
             entry = data[at : at + ENTRY_BYTES]
-            if not self._checks(chunk, entry):
+            if entry_digest(self._seed, chunk, entry) is None:
                 damaged += 1
                 continue
             self._bitmap[chunk >> 3] |= 1 << (chunk & 7)
@@ -324,7 +340,7 @@ class ChunkMap:
                     )
             self._forget(chunk)
             with disk_errors(self.path, "recording a chunk"):
-                self._write(digest + self._check(chunk, digest), self._entry_at(chunk))
+                self._write(digest + _check(self._seed, chunk, digest), self._entry_at(chunk))
                 self._write_bit(chunk, present=True)
             self._admit(chunk)
             self._settle_boot_id()
@@ -400,13 +416,6 @@ class ChunkMap:
 
     # With the lock held --------------------------------------------------------------------------------------------------
 
-    def _check(self, chunk: int, digest: bytes) -> bytes:
-        return _CRC.pack(zlib.crc32(digest, zlib.crc32(chunk.to_bytes(8, "little"), self._seed)))
-
-    def _checks(self, chunk: int, entry: bytes) -> bool:
-        # An entry never written is all zeros, and a file hole reads as zeros: never an entry, whatever the CRC makes of them.
-        return entry != _NO_ENTRY and self._check(chunk, entry[:DIGEST_BYTES]) == entry[DIGEST_BYTES:]
-
     def _entry_at(self, chunk: int) -> int:
         return self._header.entries_at + chunk * ENTRY_BYTES
 
@@ -429,7 +438,7 @@ class ChunkMap:
             return None
         with disk_errors(self.path, "reading a chunk map"), self._file.used() as fd:
             entry = os.pread(fd, ENTRY_BYTES, self._entry_at(chunk))
-        return entry[:DIGEST_BYTES] if self._checks(chunk, entry) else None
+        return entry_digest(self._seed, chunk, entry)
 
     def _advanced(self, prefix: int) -> int:
         end = self._present.find(0, prefix)

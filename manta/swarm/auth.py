@@ -30,6 +30,9 @@ WINDOW_SECONDS = 30.0
 NONCES_MAX = 262_144
 """Numbers remembered, about 30 MB when full: 4,000 requests per second for the time that a request is good for."""
 
+PAGE_SECONDS_MAX = 600
+"""How long a link to the status page is good. Whoever gets to see the link sees the page."""
+
 _HEADER = re.compile(
     r"Manta node=([0-9a-f]{16}),to=([0-9a-f]{16}|),time=(\d{1,16}),nonce=([0-9a-f]{32}),key=([0-9a-f]{8}|),mac=([0-9a-f]{64}|)"
 )
@@ -91,6 +94,26 @@ def _mac(key: bytes, *parts: str) -> str:
 def _request_mac(key: bytes, request: Request, node: str, to: str, time_ms: str, nonce: str) -> str:
     body = hashlib.sha256(request.body).hexdigest()
     return _mac(key, "manta-request-1", node, to, time_ms, nonce, request.method, request.target, request.range, body)
+
+
+def sign_page(keys: Sequence[bytes], now: float) -> str:
+    """The query with which a browser may see the status page of any node of the cluster, for PAGE_SECONDS_MAX from `now` on. Raises Denied
+    without a key."""
+    if not keys:
+        raise Denied(
+            "Without a swarm key the status page is for this machine alone: open it at the address that the node listens at."
+        )
+    until = str(int(now + PAGE_SECONDS_MAX))
+    return f"until={until}&mac={_mac(keys[0], 'manta-page-1', until)}"
+
+
+def page_is_signed(until: str, mac: str, keys: Sequence[bytes], now: float) -> bool:
+    """Whether the fields of a query are from `sign_page` with one of `keys`, and not too old. Never without a key."""
+    # The clock of the node that signed it may be ahead.
+    if not re.fullmatch(r"[0-9]{1,12}", until) or not 0 <= int(until) - now <= PAGE_SECONDS_MAX + WINDOW_SECONDS:
+        return False
+    given = mac.encode("utf-8", "replace")
+    return any(hmac.compare_digest(given, _mac(key, "manta-page-1", until).encode()) for key in keys)
 
 
 def new_nonce() -> str:

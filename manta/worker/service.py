@@ -7,19 +7,16 @@ gone (end of the socket), the worker is too. It knows no paths, no cache layout 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import os
-import signal
 import socket
 import sys
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
-from manta.wire.channel import Closed, receive_nowait, send_nowait
+from manta.wire.channel import Closed
+from manta.wire.link import Link, follow_daemon
 from manta.wire.messages import (
     Cancel,
     Digest,
@@ -38,7 +35,6 @@ from manta.wire.messages import (
     Verify,
     Watch,
     decode_to_worker,
-    encode,
 )
 from manta.worker.digester import Digester
 from manta.worker.failure import OrderFailed
@@ -49,60 +45,10 @@ if TYPE_CHECKING:
     from manta.worker.peer import PeerClient
 
 _DIGEST_NICENESS = 10  # digests take idle CPU: a reader or a transfer goes first
-_PR_SET_PDEATHSIG = 1
-
-
-class _Link:
-    """The worker's end of the socket, on asyncio. Answers wait here while the daemon is slow to read; progress is dropped instead."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._socket = sock
-        self._unsent: deque[bytes] = deque()  # bounded by the orders in flight: one answer each
-
-    async def receive(self) -> tuple[ToWorker, int | None]:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                data, fd = receive_nowait(self._socket)
-            except BlockingIOError:
-                readable = loop.create_future()
-                loop.add_reader(self._socket, readable.set_result, None)
-                try:
-                    await readable
-                finally:
-                    loop.remove_reader(self._socket)
-                continue
-            try:
-                return decode_to_worker(data), fd
-            except ValueError:
-                if fd is not None:
-                    os.close(fd)
-                raise
-
-    def send(self, message: Message) -> None:
-        if self._unsent and isinstance(message, Progress):
-            return  # the next one tells more
-        self._unsent.append(encode(message))
-        self._flush()
-
-    def _flush(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._unsent:
-            try:
-                send_nowait(self._socket, self._unsent[0])
-            except BlockingIOError:
-                loop.add_writer(self._socket, self._flush)
-                return
-            except Closed:
-                self._unsent.clear()  # the receiving side sees the end and stops the worker
-                break
-            self._unsent.popleft()
-        loop.remove_writer(self._socket)
 
 
 class _Worker:
-    def __init__(self, link: _Link, origin: OriginClient | None, peers: PeerClient | None) -> None:
+    def __init__(self, link: Link[ToWorker], origin: OriginClient | None, peers: PeerClient | None) -> None:
         self._link = link
         self._origin = origin
         self._peers = peers
@@ -179,14 +125,10 @@ class _Worker:
                 return await self._online().locate(order)
             case Fetch():
                 assert fd is not None
-                return await self._online().fetch(
-                    order, fd, lambda at, upto: self._link.send(Progress(order.order, at, upto))
-                )
+                return await self._online().fetch(order, fd, partial(self._tell_progress, order.order))
             case Pull():
                 assert fd is not None
-                return await self._of_swarm().pull(
-                    order, fd, lambda at, upto: self._link.send(Progress(order.order, at, upto))
-                )
+                return await self._of_swarm().pull(order, fd, partial(self._tell_progress, order.order))
             case Digest():
                 assert fd is not None
                 return await _in_thread(self._digester.advance, order, fd)
@@ -195,6 +137,10 @@ class _Worker:
                 return await _in_thread(verify, order, fd)
             case _:
                 assert_never(order)
+
+    def _tell_progress(self, number: int, at: int, upto: int) -> None:
+        if not self._link.behind:  # else the next one tells more
+            self._link.send(Progress(number, at, upto))
 
     def _online(self) -> OriginClient:
         if self._origin is None:
@@ -231,18 +177,12 @@ async def _serve(role: str, sock: socket.socket) -> None:
         origin, peers = OriginClient(), PeerClient()
     # What is loaded by now stays for good: taking it out of the collector's sight spares its passes over it.
     gc.freeze()
-    await _Worker(_Link(sock), origin, peers).serve()
+    await _Worker(Link(sock, decode_to_worker), origin, peers).serve()
 
 
 def run(role: str, fd: int) -> int:
     """Serves orders until the daemon's end of the socket is closed. The exit code is 0."""
-    # Ctrl-C goes to the whole process group in the foreground; the daemon decides when its workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The daemon takes its signals in a thread and blocks them elsewhere, which its children inherit.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    with contextlib.suppress(OSError):
-        # A worker that hangs in a system call when the daemon dies would not see the socket's end.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    follow_daemon()
     if role == "digest":
         os.nice(_DIGEST_NICENESS)
     with socket.socket(fileno=fd) as sock:

@@ -160,10 +160,11 @@ async def test_a_whole_that_is_wrong_though_each_chunk_is_as_recorded(
         n.damage(BLOB, 5)
         assert BLOB is not None
         with n.store.open_blob(BLOB, len(BIG)) as blob:
-            from manta.cache.digests import chunk_digest
+            from manta.cache import chunkmap
+from manta.cache.digests import chunk_digest
 
             entry = chunk_digest(os.pread(blob.fd, CHUNK, 0))
-            blob._map._write(entry + blob._map._check(0, entry), blob._map._entry_at(0))
+            blob._map._write(entry + chunkmap._check(blob._map._seed, 0, entry), blob._map._entry_at(0))
         assert await verify(n, BLOB) == Findings()
         found = await verify(n, BLOB, full=True, repair=ACCESS)
         assert (found.damaged, found.repaired) == (11, 11)
