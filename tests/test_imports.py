@@ -64,7 +64,7 @@ LAZY: dict[str, set[str]] = {
 
 LIBRARIES: dict[str, set[str]] = {
     "aiohttp": {"swarm", "testing"},
-    "asyncio": {"swarm", "worker", "testing"},
+    "asyncio": {"swarm", "wire.link", "worker", "testing"},
     "trio": {
         "hub", "fetch", "fs", "fuse", "operations", "control.http", "control.metrics", "control.server", "daemon", "testing.workers",
     },

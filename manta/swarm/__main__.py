@@ -1,4 +1,7 @@
-"""Starts the peer process: ``python -m manta.swarm FD``, done by the daemon and by nobody else. FD is the inherited end of its socket pair."""
+"""Starts the peer process: ``python -m manta.swarm FD``, done by `manta.fetch.swarm` and by nobody else.
+
+FD is the inherited end of the daemon's socket pair.
+"""
 
 from __future__ import annotations
 

@@ -34,10 +34,6 @@ from manta.swarm.shelf import OpenChunk, Shelf
 from manta.swarm.slots import Recipients, Slots
 from manta.swarm.uploads import Allowance, Upload
 
-SAMPLES = 4
-SAMPLE_BYTES = 16 * 1024
-"""Each, at even distances: a chunk's beginning alone may be a header."""
-
 TOLD_NODES_MAX = 1024
 """Nodes that are told of singly each second; a message to the daemon has room for about 2000."""
 
@@ -179,10 +175,9 @@ class Chunks:
 
 
 def _pays(fd: int, start: int, end: int) -> bool:
-    """Raises ConnectionError where the file is not what it was."""
-    step = max(SAMPLE_BYTES, (end - start) // SAMPLES)
-    sample = b"".join(os.pread(fd, min(SAMPLE_BYTES, end - at), at) for at in range(start, end, step))
-    return compression.worth(sample)
+    """Raises OSError."""
+    sample = [os.pread(fd, upto - at, start + at) for at, upto in compression.places(end - start)]
+    return compression.worth(b"".join(sample))
 
 
 def _packed(fd: int, start: int, end: int) -> bytes:

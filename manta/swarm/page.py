@@ -1,7 +1,7 @@
 """The status page for people, on the peer server's port, here and only here. Used by `manta.swarm.server`.
 
-From this machine itself everybody may see it who can open a connection; from elsewhere who has a link that `manta.swarm.auth` signed. What it
-shows the daemon says (page.json); the page itself is page.html beside this module.
+From this machine itself everybody may see it who can open a connection; from elsewhere who has a link that `manta.swarm.auth` signed.
+What it shows the daemon says (page.json); the page itself is page.html beside this module.
 """
 
 from __future__ import annotations

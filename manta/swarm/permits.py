@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from manta.errors import Unavailable
 from manta.model.ids import BlobId
 from manta.swarm.limits import Limits
-from manta.swarm.questions import Questions
+from manta.swarm.questions import Crowded, Questions
 
 REMEMBERED_MAX = 4096
 YES_SECONDS = 600.0
@@ -72,7 +72,7 @@ class Permits:
         task = self._asking.get(blob)
         if task is None:
             if len(self._asking) >= self._limits.questions:
-                raise Unavailable("This node has too many questions of others to answer; try again.")
+                raise Crowded("This node has too many questions of others to answer; try again.")
             task = self._asking[blob] = asyncio.create_task(self._learn(blob))
             task.add_done_callback(lambda done: self._asked(blob, done))
         return task

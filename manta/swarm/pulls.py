@@ -19,7 +19,7 @@ from manta.errors import Unavailable
 from manta.model.ids import BlobId
 from manta.swarm.limits import Limits
 from manta.swarm.protocol import ChunkRequest, Pull
-from manta.swarm.questions import Answered, Question, Questions
+from manta.swarm.questions import Answered, Crowded, Question, Questions
 from manta.wire.peering import PullAsked
 
 FAILURES_MAX = 1024
@@ -95,7 +95,7 @@ class Pulls:
         current = self._pulls.get(chunk)
         if current is None:
             if len(self._pulls) >= self._limits.pulls:
-                raise Unavailable("This node fetches as many chunks for others as it may; try again, or ask another.")
+                raise Crowded("This node fetches as many chunks for others as it may; try again, or ask another.")
             question = self._questions.put(node, "pull", _body(chunk, pull))
             current = _Pull(where, pull.urgent, question, asyncio.get_running_loop().time())
             self._pulls[chunk] = current

@@ -21,6 +21,10 @@ FILE_BYTES_MAX = 64 * 1024 * 1024
 """Of an answer by descriptor: the stored tree of a repo with half a million files."""
 
 
+class Crowded(Unavailable):
+    """As much is under way for others as may be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     """What the daemon said: a status as in `manta.swarm.protocol`, and the answer's body."""
@@ -51,9 +55,10 @@ class Questions:
         self._open: dict[int, Question] = {}
 
     def put(self, node: str, what: str, body: bytes) -> Question:
-        """Asks; who asked calls `drop` when it is not interested any more. Raises Unavailable where too much is unanswered."""
+        """Asks; who asked calls `drop` when it is not interested any more. Raises Unavailable, Crowded where too much
+        is unanswered."""
         if len(self._open) >= self._limits.questions:
-            raise Unavailable("This node has too many questions of others to answer; try again.")
+            raise Crowded("This node has too many questions of others to answer; try again.")
         question = Question(next(self._numbers))
         try:
             self._tell(Asked(question.order, node, what, body))

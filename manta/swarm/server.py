@@ -1,8 +1,8 @@
 """The peer server: what other nodes ask of this one over HTTP, and what they get, here and only here. One asyncio loop.
 
-`manta.swarm.protocol` says what is asked and answered, `manta.swarm.auth` who may; each request is checked before anything else is done with
-it, each answer to a member is signed. Chunks are given by `manta.swarm.chunks`; what else is asked for, the daemon knows. Nothing in a
-request becomes part of a path but the digits of a blob's id. Used by `manta.swarm.service`.
+`manta.swarm.protocol` says what is asked and answered, `manta.swarm.auth` who may; each request is checked before anything else is done
+with it, each answer to a member is signed. Chunks are given by `manta.swarm.chunks`; what else is asked for, the daemon knows. Nothing in
+a request becomes part of a path but the digits of a blob's id. Used by `manta.swarm.service`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from manta.swarm.protocol import (
     encode,
 )
 from manta.swarm.pulls import Pulls
-from manta.swarm.questions import Answered, Questions, refused
+from manta.swarm.questions import Answered, Crowded, Questions, refused
 from manta.swarm.shelf import Shelf
 from manta.swarm.slots import Slots
 from manta.swarm.uploads import Allowance, Upload
@@ -296,6 +296,8 @@ class Server:
                 return refused(401, Refusal(reason="unauthorized", message=error.message))
             case Invalid():
                 return refused(400, Refusal(reason="invalid", message=error.message))
+            case Crowded():
+                return refused(503, Refusal(reason="busy", message=error.message, retry_s=1.0))
             case Unavailable():
                 return refused(503, Refusal(reason="unavailable", message=error.message, retry_s=1.0))
         # A fault of ours: one asker is told so, the others go on, and the daemon's log has it.

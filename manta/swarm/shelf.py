@@ -1,9 +1,9 @@
 """What of the cache may be given to other nodes, read from its files, here and only here. Used by `manta.swarm.server`.
 
-The daemon alone writes these files (`manta.cache.chunkmap` says how); here they are opened for reading, by blob id and nothing else, for one
-answer: a descriptor that is kept would keep an evicted blob's room on the disk. A chunk is here where the map can be believed (sealed, or
-written in this life of the host), its bit is set and its entry checks. Read with pread: an error of the disk is then an exception, in a
-mapping it is SIGBUS.
+The daemon alone writes these files (`manta.cache.chunkmap` says how); here they are opened for reading, by blob id and nothing else, for
+one answer: a descriptor that is kept would keep an evicted blob's room on the disk. A chunk is here where the map can be believed (sealed,
+or written in this life of the host), its bit is set and its entry checks. Read with pread: an error of the disk is then an exception, in
+a mapping it is SIGBUS.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from manta.wire.channel import Closed, receive_nowait, send_nowait
 from manta.wire.messages import Message, encode
 
 UNSENT_BYTES_MAX = 64 * 1024 * 1024
-"""What waits while the daemon is slow to read: answers are one per order, news are not. A daemon that reads nothing for so long is stuck."""
+"""What waits while the daemon is slow to read: answers are one per order, news are not. A daemon that leaves more unread is stuck."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -63,7 +63,7 @@ class Link(Generic[M]):
         return bool(self._unsent)
 
     def send(self, message: Message) -> None:
-        """Never waits. Raises ValueError for a message that is too large. `receive` sees the end where the daemon reads nothing any more."""
+        """Never waits. Raises ValueError for a message that is too large. `receive` sees the end where the daemon is stuck."""
         data = encode(message)
         self._unsent.append(data)
         self._unsent_bytes += len(data)

@@ -129,10 +129,10 @@ class Pauses(Message, frozen=True, tag="pauses"):
 
 
 class Asked(Message, frozen=True, tag="asked"):
-    """A member wants what only the daemon knows. `what` is pull (PullAsked), resolve, tree, location, report, public (a blob's id: may it be
-    given to those who may have only what everybody may?), or page (path and query without its signature; for people, and `node` is "").
+    """A member wants what only the daemon knows. `what` is pull (PullAsked), resolve, tree, location, report, public (a blob's id: may
+    everybody have it?), or page (path and query, its signature taken off; for people, and `node` is "").
     -> Reply; for a pull when the chunk is in the cache (200) or cannot be had (502, or 403 where it is withheld, and a Refusal); for public
-    200 or 403; for the others what the member gets."""
+    200 or another status; for the others what the member gets."""
 
     node: str
     what: str
