@@ -34,6 +34,8 @@ from manta.control.protocol import (
     Job,
     Mount,
     MountRequest,
+    PageLink,
+    Peers,
     PrefetchRequest,
     Quota,
     Removal,
@@ -67,13 +69,14 @@ from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.keeping import Keeping
 from manta.operations.mounts import Mounted, Mounts
+from manta.operations.peers import PeerView
 from manta.operations.room import Room
 from manta.operations.sharing import Sharing
 from manta.operations.verification import Verification
 from manta.operations.watchdog import Watchdog
 from manta.swarm.keys import is_loopback, read_keys
 from manta.telemetry import logs
-from manta.telemetry.events import Telemetry
+from manta.telemetry.events import PeerSource, Telemetry
 from manta.telemetry.metrics import CONTENT_TYPE, QuotaLeft, State
 
 log = logging.getLogger(__name__)
@@ -132,6 +135,7 @@ class Daemon:
             self._swarm,
             config.swarm.download_rate,
         )
+        self._peer_view = PeerView(config.swarm)
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
         self._jobs: Jobs
@@ -508,7 +512,7 @@ class Daemon:
             workers=len(self._workers.pids),
             errors=self._failures.all(),
             problems=[
-                *filter(None, (self._pins.problem, self._room.problem, self._keeping.problem)),
+                *filter(None, (self._pins.problem, self._room.problem, self._keeping.problem, self._peer_view.problem)),
                 *self._circuits.reasons(),
             ],
             sources=[
@@ -519,6 +523,7 @@ class Daemon:
                     connections=source.in_flight,
                     failures=source.failures,
                     throttled_until=time.time() + pauses[source.origin] if source.origin in pauses else 0.0,
+                    node=source.node if isinstance(source, PeerSource) else "",
                 )
                 for source, rate in self._telemetry.sources()
             ],
@@ -528,6 +533,7 @@ class Daemon:
             reads_waiting=self._telemetry.waiting(),
             open_files=self._filesystem.open_files,
             keeper=self._keeping.describe(),
+            swarm=self._peer_view.summary(),
         )
 
     async def metrics(self) -> Answer:
@@ -550,8 +556,18 @@ class Daemon:
             hub_throttles=self._hub.throttles,
             quotas=[QuotaLeft(q.kind, q.remaining, q.limit) for q in self._hub.quotas.values()],
             workers=self._workers.processes,
+            swarm=self._peer_view.for_metrics(),
         )
         return Answer(200, CONTENT_TYPE, self._telemetry.metrics.rendered(state))
+
+    async def peers(self) -> Peers:
+        return self._peer_view.here()
+
+    async def cluster(self) -> Peers:
+        return await self._peer_view.cluster()
+
+    async def page(self) -> PageLink:
+        return self._peer_view.page()
 
     async def mount(self, request: MountRequest) -> Mount:
         self._refuse_when_stopping()

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
     "operations": {
         "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "keeper", "telemetry",
-        "wire.messages", "swarm.auth", "swarm.ownership", "swarm.protocol",
+        "wire.messages", "wire.peering", "swarm.auth", "swarm.ownership", "swarm.protocol",
     },
     "control": {"errors", "model", "config", "keeper"},
     "cli": {"errors", "model", "config", "control", "keeper"},

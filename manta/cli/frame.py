@@ -88,12 +88,26 @@ def _head(seen: Status, now: float, read_rate: float | None) -> list[Line]:
             f"fetching  {rate(seen.origin_rate)} on {plural(seen.connections_in_use, 'connection')} of"
             f" {seen.connections_allowed}, {size(seen.origin_bytes)} in all"
         ),
+        *_peers(seen),
         Line(
             f"reading   {readers}{plural(seen.open_files, 'open file')}, {plural(seen.reads_waiting, 'read')} waiting,"
             f" {size(seen.read_bytes)} in all"
         ),
         Line(f"cache     {cache}, {size(seen.disk_free)} free on its disk"),
         Line(f"quota     {'; '.join(quotas) or 'the hub has told of none'}", "warning" if spent else "plain"),
+    ]
+
+
+def _peers(seen: Status) -> list[Line]:
+    swarm = seen.swarm
+    if swarm is None:
+        return []
+    return [
+        Line(
+            f"peers     {swarm.up} of {swarm.members} up, {rate(swarm.rate_in)} from them, {rate(swarm.rate_out)} to them on"
+            f" {swarm.busy} of {plural(swarm.slots, 'slot')}, {size(swarm.bytes_in)} and {size(swarm.bytes_out)} in all",
+            "plain" if swarm.up == swarm.members else "warning",
+        )
     ]
 
 
@@ -142,7 +156,7 @@ def _sources(sources: Sequence[Source], now: float) -> list[_Row]:
             (
                 "warning" if paused > 0 else "plain",
                 (
-                    host(source.origin),
+                    f"peer {source.node[:8]} {host(source.origin)}" if source.node else host(source.origin),
                     rate(source.rate),
                     size(source.bytes),
                     str(source.connections),

@@ -45,6 +45,8 @@ class Invocation:
             ("daemon.log_level", "log_level"),
             ("daemon.log_format", "log_format"),
             ("daemon.metrics", "metrics"),
+            ("swarm.peers", "peers"),
+            ("swarm.listen", "listen"),
         ):
             value = getattr(self.arguments, name, None)
             if value is not None:

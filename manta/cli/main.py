@@ -48,6 +48,7 @@ examples:
   manta mount --view hub-cache ORG/NAME DIR            a directory for HF_HUB_CACHE
   manta status                                         mounts, cached bytes, rates, errors
   manta top                                            the same, live
+  manta peers                                          the other nodes, and what was exchanged with them
   manta prefetch ORG/NAME                              fetch all of it now
   manta umount /mnt/gpt2
   manta restart                                        a new daemon for the same mounts: after an upgrade
@@ -137,6 +138,7 @@ def build_parser() -> Parser:
     )
     mount.add_argument("--nonempty", action="store_true", help="mount on a directory with content, which it hides")
     _fuse_option(mount)
+    _swarm_options(mount)
     _common(mount, hub=True)
 
     umount = _command(
@@ -191,6 +193,24 @@ def build_parser() -> Parser:
     )
     top.add_argument("--once", action="store_true", help="print one frame and end")
     _common(top)
+
+    peers = _command(
+        commands,
+        "peers",
+        "peers:peers",
+        "show the other nodes, and what was exchanged with them",
+        "Shows the nodes that this one shares chunks with: who is there, what comes from each and goes to each, how often the origin had to"
+        " send what came. With --cluster they are asked too, for 2 s at most: how many copies the origin sent to all of them, and who has"
+        " which part of which file.",
+        "  manta peers\n  manta peers --cluster\n  xdg-open $(manta peers --page)",
+    )
+    peers.add_argument("--cluster", action="store_true", help="ask the other nodes too")
+    peers.add_argument(
+        "--page",
+        action="store_true",
+        help="print the address of the status page; beyond this machine it is good for 10 minutes, for whoever has it",
+    )
+    _common(peers)
 
     prefetch = _command(
         commands,
@@ -310,6 +330,7 @@ def build_parser() -> Parser:
         "--metrics", metavar="ADDRESS", help="serve /metrics at HOST:PORT or unix:PATH too (daemon.metrics)"
     )
     _fuse_option(daemon)
+    _swarm_options(daemon)
     _common(daemon, hub=True)
     return parser
 
@@ -451,6 +472,19 @@ def _common(leaf: Parser, *, hub: bool = False) -> None:
 def _fuse_option(leaf: Parser) -> None:
     leaf.add_argument(
         "--fuse", metavar="SESSION", help="how to talk to the kernel: auto, kernel or pyfuse3 (fuse.session)"
+    )
+
+
+def _swarm_options(leaf: Parser) -> None:
+    leaf.add_argument(
+        "--peers",
+        metavar="PEERS",
+        help="share chunks with these nodes: static:HOST:PORT,..., dns:NAME:PORT or kubernetes:NAMESPACE/SERVICE (swarm.peers)",
+    )
+    leaf.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="what other nodes reach this one at; beyond loopback with a key (swarm.listen)",
     )
 
 

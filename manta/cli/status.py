@@ -37,8 +37,19 @@ def _say_daemon(console: Console, seen: Status) -> None:
         f"hub      {seen.endpoint}{' (offline: only what is cached)' if seen.offline else ''}",
         f"cache    {seen.cache_dir}: {size(seen.cache_bytes)}{limit}, {size(seen.disk_free)} free on its disk",
         f"origin   {rate(seen.origin_rate)} now, {size(seen.origin_bytes)} since the daemon started",
+        *_swarm(seen),
         f"readers  {size(seen.read_bytes)} since the daemon started, beside what the kernel served by itself",
     )
+
+
+def _swarm(seen: Status) -> list[str]:
+    """What other nodes give and take; `manta peers` has more."""
+    swarm = seen.swarm
+    if swarm is None:
+        return []
+    who = f"{swarm.up} of {plural(swarm.members, 'other node')} up"
+    now = f"{rate(swarm.rate_in)} from them and {rate(swarm.rate_out)} to them now"
+    return [f"peers    {who}; {now}, {size(swarm.bytes_in)} and {size(swarm.bytes_out)} since the daemon started"]
 
 
 def _fuse(seen: Status) -> list[str]:

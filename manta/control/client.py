@@ -36,6 +36,8 @@ from manta.control.protocol import (
     Job,
     Mount,
     MountRequest,
+    PageLink,
+    Peers,
     PrefetchRequest,
     Removal,
     Running,
@@ -130,6 +132,14 @@ class Client:
     def restart(self) -> Running:
         """Has the daemon leave its mounts to the next one, which its keeper starts at once. Returns which one it was."""
         return self._ask("POST", "/v1/restart", Running, timeout_s=ANSWER_S)
+
+    def peers(self, *, cluster: bool = False) -> Peers:
+        """The swarm as the daemon knows it; with `cluster` it asks the other nodes first, for 2 s at most."""
+        return self._ask("GET", f"/v1/peers{'?cluster=1' if cluster else ''}", Peers, timeout_s=ANSWER_S)
+
+    def page(self) -> PageLink:
+        """Where a browser finds the status page."""
+        return self._ask("GET", "/v1/peers/page", PageLink, timeout_s=ANSWER_S)
 
     def running(self, *, timeout_s: float = ANSWER_S) -> Running:
         """Which daemon answers, of whatever version it is."""

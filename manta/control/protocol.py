@@ -18,6 +18,9 @@ Sizes are bytes, rates bytes per second, times seconds since the epoch unless th
     POST   /v1/cache/gc     GcRequest      -> Removal
     POST   /v1/shutdown                  -> Status        unmounts everything and exits
     POST   /v1/restart                   -> Running       exits, and leaves its mounts to the next daemon
+    GET    /v1/peers                     -> Peers         what this node knows of the others by itself
+    GET    /v1/peers?cluster=1           -> Peers         with `cluster`: the others are asked, which takes 2 s at most
+    GET    /v1/peers/page                -> PageLink      where a browser finds the status page
     GET    /metrics                      -> text          every metric of the daemon, in Prometheus' format
 """
 
@@ -113,6 +116,8 @@ class Source(msgspec.Struct, frozen=True):
     failures: int
     throttled_until: float
     """It wants to be left alone until then; 0 where it may be asked."""
+    node: str = ""
+    """The id of the node that it is; empty for a host of the origin."""
 
 
 class Quota(msgspec.Struct, frozen=True):
@@ -125,6 +130,23 @@ class Quota(msgspec.Struct, frozen=True):
     """Requests per window; 0 where the hub does not say."""
     reset_s: int
     """Seconds until the window ends."""
+
+
+class Swarm(msgspec.Struct, frozen=True):
+    """The swarm in short, from the view of this node. Bytes since its daemon started."""
+
+    node: str
+    address: str
+    members: int
+    """Without this node."""
+    up: int
+    rate_in: float
+    rate_out: float
+    bytes_in: int
+    bytes_out: int
+    slots: int
+    busy: int
+    """Upload slots, and how many are in use."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -173,6 +195,8 @@ class Status(msgspec.Struct, frozen=True):
     """Why mounts would end with the daemon; empty where they outlive it."""
     keeper: str = ""
     """Who keeps the mounts for the next daemon, and what of them."""
+    swarm: Swarm | None = None
+    """None where `swarm.peers` names nobody."""
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -260,3 +284,119 @@ class Removal(msgspec.Struct, frozen=True):
     freed: int
     kept: list[str]
     """What was asked for and not removed, with the reason, a sentence each."""
+
+
+PeerState = Literal["up", "suspect", "down", "refused"]
+"""As in `manta.wire.peering`: suspect did not answer the last time, down several times; refused: keys or ids do not fit."""
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """Another node as this one sees it, and what the two have exchanged since this daemon started: in is to this node."""
+
+    node: str
+    """Empty while nothing but its address is known."""
+    address: str
+    """HOST:PORT."""
+    state: PeerState
+    since: float
+    rtt_s: float
+    version: str
+    problem: str
+    """A sentence, where it is not up."""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    chunks_in: int = 0
+    chunks_out: int = 0
+    rate_in: float = 0.0
+    rate_out: float = 0.0
+    failures: int = 0
+
+
+class ClusterNode(msgspec.Struct, frozen=True):
+    """What a node says of itself: bytes since its daemon started, rates now. In is from other nodes, out is to them."""
+
+    node: str
+    address: str
+    version: str
+    started: float
+    origin_bytes: int
+    origin_rate: float
+    bytes_in: int
+    bytes_out: int
+    rate_in: float
+    rate_out: float
+    slots: int
+    busy: int
+    cache_bytes: int
+
+
+class SharedBlob(msgspec.Struct, frozen=True):
+    """A blob, and how many of the nodes that answered have each of its chunks."""
+
+    blob: str
+    name: str
+    """For people: ORG/NAME/PATH. From outside: any text."""
+    size: int
+    chunks: int
+    chunks_per_cell: int
+    holders: list[int]
+    """A cell has as many as its rarest chunk. At most `manta.operations.peers.CELLS_MAX` cells."""
+
+
+class Flow(msgspec.Struct, frozen=True):
+    sender: str
+    receiver: str
+    rate: float
+
+
+class Cluster(msgspec.Struct, frozen=True):
+    """What the nodes said that answered, this one included."""
+
+    asked: float
+    """When they were."""
+    nodes: list[ClusterNode]
+    silent: list[str]
+    """Those that did not answer: a sentence each."""
+    not_asked: int
+    """Members beyond the number that is asked."""
+    origin_bytes: int
+    """What all of them took from the origin since their daemons started."""
+    distinct_bytes: int
+    """What of it is different, and still in a cache: a byte that several nodes have counts once."""
+    origin_multiple: float | None
+    """The one divided by the other: how many copies the origin sent. None where nothing has come."""
+    blobs: list[SharedBlob]
+    blobs_left_out: int
+    flows: list[Flow]
+    """Who sends to whom now, the largest first; those of the origin are in `nodes`."""
+
+
+class Peers(msgspec.Struct, frozen=True):
+    """The swarm as this node knows it. Without one (`swarm.peers` is empty) all is empty but `enabled`."""
+
+    enabled: bool
+    node: str = ""
+    address: str = ""
+    """HOST:PORT that others reach it at."""
+    discovery: str = ""
+    """`swarm.peers`."""
+    problem: str = ""
+    """What does not work, a sentence."""
+    slots: int = 0
+    busy: int = 0
+    origin_bytes: int = 0
+    peer_bytes: int = 0
+    given_bytes: int = 0
+    """To other nodes."""
+    distinct_bytes: int = 0
+    """Of the blobs that it has got something of since its daemon started: what is in the cache, and did come."""
+    origin_multiple: float | None = None
+    """Bytes from the origin for each of them. Of N nodes that start at once each has 1/N where all goes well."""
+    members: list[Peer] = []
+    cluster: Cluster | None = None
+
+
+class PageLink(msgspec.Struct, frozen=True):
+    url: str
+    expires: float
+    """Whoever has the link sees the page until then; 0 where it is for this machine only and needs no signature."""

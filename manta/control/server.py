@@ -28,6 +28,8 @@ from manta.control.protocol import (
     Job,
     Mount,
     MountRequest,
+    PageLink,
+    Peers,
     PrefetchRequest,
     Removal,
     Running,
@@ -80,6 +82,9 @@ class Service(Protocol):
     async def collect(self, request: GcRequest) -> Removal: ...
     async def shut_down(self) -> Status: ...
     async def restart(self) -> Running: ...
+    async def peers(self) -> Peers: ...
+    async def cluster(self) -> Peers: ...
+    async def page(self) -> PageLink: ...
     async def metrics(self) -> Answer: ...
 
 
@@ -93,8 +98,9 @@ class ControlServer:
         self._path = path
         self._metrics = service.metrics
         self._http = HttpServer(self._answer, _refusal)
-        # What may wait for the hub ends with its client: Ctrl-C means it. The others are quick, or half of them would be worse than all.
-        self._abandoned = {service.mount, service.prefetch}
+        # What may wait for the hub or for other nodes ends with its client: Ctrl-C means it. The others are quick, or half of them would be
+        # worse than all.
+        self._abandoned = {service.mount, service.prefetch, service.cluster}
         # method, path (a group is an argument), what the body is, what to call
         routes: list[tuple[str, str, type[msgspec.Struct] | None, _Call]] = [
             ("GET", "/v1/status", None, service.status),
@@ -112,6 +118,9 @@ class ControlServer:
             ("POST", "/v1/cache/gc", GcRequest, service.collect),
             ("POST", "/v1/shutdown", None, service.shut_down),
             ("POST", "/v1/restart", None, service.restart),
+            ("GET", "/v1/peers", None, service.peers),
+            ("GET", r"/v1/peers\?cluster=1", None, service.cluster),
+            ("GET", "/v1/peers/page", None, service.page),
         ]
         self._routes = [(method, re.compile(pattern), body, call) for method, pattern, body, call in routes]
 

@@ -1,20 +1,20 @@
 """The status page for people, on the peer server's port, here and only here. Used by `manta.swarm.server`.
 
-From this machine itself everybody may see it who can open a connection; from elsewhere who has a link that `manta.swarm.auth` signed.
-What it shows the daemon says (page.json); the page itself is page.html beside this module.
+From this machine itself everybody may see it who can open a connection; elsewhere who has a link that `manta.swarm.auth` signed.
+What it shows the daemon says (page.json); the page itself is `manta.swarm.document`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from aiohttp import web
 
 from manta.errors import Unavailable
 from manta.swarm.auth import page_is_signed
+from manta.swarm.document import DOCUMENT, HEADERS, JSON_HEADERS
 from manta.swarm.door import is_loopback
 from manta.swarm.questions import Questions
 
@@ -24,15 +24,8 @@ DATA = "/page.json"
 DATA_SECONDS_MAX = 5.0
 TARGET_BYTES_MAX = 2048
 
-_FILE = Path(__file__).with_name("page.html")
-_HEADERS = {
-    "server": "manta",
-    "cache-control": "no-store",
-    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:;"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",  # the address holds the signature
-}
+SERVER = {"Server": "manta"}
+
 _REFUSAL = (
     "This page is for the machine itself: open it there at the address that the node listens at, or anywhere with the link that"
     " `manta peers --page` prints.\n"
@@ -56,7 +49,7 @@ class Page:
         if not signed and not _from_here(request):
             return _text(403, _REFUSAL)
         if path == PAGE:
-            return _page()
+            return web.Response(body=DOCUMENT, headers={**SERVER, **HEADERS})
         rest = urlencode([(name, value) for name, value in fields if name not in {"until", "mac"}])
         return await self._data(f"{path}?{rest}" if rest else path)
 
@@ -65,21 +58,12 @@ class Page:
             answered = await self._questions.ask("", "page", target.encode(), DATA_SECONDS_MAX)
         except Unavailable as error:
             return _text(503, f"{error.message}\n")
-        return web.Response(
-            status=answered.status, body=answered.body, headers={**_HEADERS, "content-type": "application/json"}
-        )
-
-
-def _page() -> web.Response:
-    try:
-        body = _FILE.read_bytes()
-    except OSError:
-        return _text(404, "The page's file is missing: install Manta again.\n")
-    return web.Response(body=body, headers={**_HEADERS, "content-type": "text/html; charset=utf-8"})
+        return web.Response(status=answered.status, body=answered.body, headers={**SERVER, **JSON_HEADERS})
 
 
 def _text(status: int, text: str) -> web.Response:
-    return web.Response(status=status, text=text, headers=_HEADERS)
+    headers = {name: value for name, value in JSON_HEADERS.items() if name != "Content-Type"}
+    return web.Response(status=status, text=text, headers={**SERVER, **headers})
 
 
 def _from_here(request: web.BaseRequest) -> bool:

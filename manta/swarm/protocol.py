@@ -181,6 +181,8 @@ class Report(Body, frozen=True):
     """Bytes of bodies from the origin since the start."""
     from_peers: int
     to_peers: int
+    origin_rate: float = 0.0
+    """Bytes per second from the origin now."""
     blobs: list[BlobReport] = []
     exchanges: list[Exchange] = []
     slots: int = 0

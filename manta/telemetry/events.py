@@ -24,7 +24,7 @@ from manta.model.extents import Extent
 from manta.model.ids import BlobId
 from manta.telemetry.logs import fields
 from manta.telemetry.meter import Meter
-from manta.telemetry.metrics import Metrics
+from manta.telemetry.metrics import NODES_MAX, Metrics
 from manta.wire.messages import Failed
 
 reads_log = logging.getLogger("manta.read")
@@ -38,6 +38,9 @@ NAMED_MAX = 8
 
 SOURCES_MAX = 16
 """Hosts followed: a hub, and the CDN's hosts that it sends to. The one not used for longest goes."""
+
+PEERS_MAX = 1024
+"""Nodes whose exchange with this one is followed, about 2 KB each. The one not heard of for longest goes."""
 
 FILES_MAX = 256
 """Files whose rate is followed: more than can have an order under way (fetch.connections, at most 64, and as many for readers)."""
@@ -67,6 +70,17 @@ class Source:
     meter: Meter = field(default_factory=Meter)
     in_flight: int = 0
     failures: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class PeerSource(Source):
+    """Another node: `meter` is what came from it, `given` what went to it. `origin` is "" while it has only taken."""
+
+    node: str = ""
+    chunks: int = 0
+    """That came from it, whole and right."""
+    given: Meter = field(default_factory=Meter)
+    given_chunks: int = 0
 
 
 class ReadWait:
@@ -158,7 +172,9 @@ class Question:
 class Order:
     """One order for bytes of a chunk. `ended` comes last, whatever became of it."""
 
-    def __init__(self, telemetry: Telemetry, blob: BlobId, file: str, chunk: int, priority: str, origin: str) -> None:
+    def __init__(
+        self, telemetry: Telemetry, blob: BlobId, file: str, chunk: int, priority: str, origin: str, node: str
+    ) -> None:
         self.chunk = chunk
         self.number = 0
         """0 until a worker has got it."""
@@ -166,7 +182,9 @@ class Order:
         self._blob = blob
         self._file = file
         self._priority = priority
-        self._source = telemetry._source(origin)
+        self._peer = telemetry._peer(node, origin) if node else None
+        self._from_node = telemetry.metrics.received.labels(telemetry._label(node)) if node else None
+        self._source = self._peer or telemetry._source(origin)
         self._meter = telemetry._meter_of(blob, origin)
         self._given = telemetry._clock()
         self._came = 0
@@ -190,7 +208,11 @@ class Order:
         now = telemetry._clock()
         self._source.meter.add(count, now)
         self._meter.add(count, now)
-        telemetry._fetched_bytes.inc(count)
+        if self._from_node is None:
+            telemetry._fetched_bytes.inc(count)
+        else:
+            telemetry._pulled_bytes.inc(count)
+            self._from_node.inc(count)
         if not self._came:
             self._tell(logging.DEBUG, "first byte", seconds=now - self._given)
         self._came += count
@@ -198,9 +220,15 @@ class Order:
     def done(self, seconds: float, first_byte_s: float) -> None:
         """All of it came; the times are the worker's, from its request on."""
         metrics = self._telemetry.metrics
-        self._telemetry._fetches_done.inc()
-        metrics.fetch.observe(seconds)
-        metrics.fetch_first_byte.observe(first_byte_s)
+        if self._peer is None:
+            self._telemetry._fetches_done.inc()
+            metrics.fetch.observe(seconds)
+            metrics.fetch_first_byte.observe(first_byte_s)
+        else:
+            self._peer.chunks += 1
+            metrics.pulls.labels("ok").inc()
+            metrics.pull.observe(seconds)
+            metrics.pull_first_byte.observe(first_byte_s)
         self._tell(logging.DEBUG, "order done", seconds=seconds, first_byte_s=first_byte_s, bytes=self._came)
 
     def recorded(self) -> None:
@@ -208,12 +236,16 @@ class Order:
         self._tell(logging.DEBUG, "chunk recorded")
 
     def failed(self, failure: Failed, attempt: int, *, retry: bool, pause_s: float) -> None:
-        """It failed for the `attempt`th time in a row; with `retry` it is tried again after a pause."""
+        """It failed for the `attempt`th time in a row; with `retry` it is tried again, there or elsewhere, after a pause."""
         metrics = self._telemetry.metrics
-        metrics.fetches.labels(failure.reason).inc()
-        if retry:
-            metrics.retries.labels(failure.reason).inc()
-        if failure.reason != "cancelled":
+        if self._peer is not None:
+            metrics.pulls.labels(failure.reason).inc()
+        else:
+            metrics.fetches.labels(failure.reason).inc()
+            if retry:
+                metrics.retries.labels(failure.reason).inc()
+        # A node that has no slot, or whose own fetch from the origin failed, is well.
+        if failure.reason not in {"cancelled", "busy"} and not failure.behind:
             self._source.failures += 1
         self._tell(
             logging.INFO, "order failed: %s", failure.message, reason=failure.reason, status=failure.status, bytes=self._came,
@@ -263,9 +295,12 @@ class Telemetry:
         self._waits: dict[BlobId, set[ReadWait]] = {}
         self._orders: dict[BlobId, list[Order]] = {}  # under way
         self._sources: OrderedDict[str, Source] = OrderedDict()
+        self._peers: OrderedDict[str, PeerSource] = OrderedDict()  # by node
+        self._labels: set[str] = set()
         self._files: OrderedDict[BlobId, tuple[Meter, str]] = OrderedDict()
         # Looked up once: a label costs more than what is counted under it.
         self._fetched_bytes = self.metrics.fetched_bytes.labels("origin")
+        self._pulled_bytes = self.metrics.fetched_bytes.labels("peer")
         self._chunks_missed = self.metrics.cache_chunks.labels("miss")
         self._reads_waited = self.metrics.reads.labels("waited")
         self._wait_ok = self.metrics.read_wait.labels("ok")
@@ -302,9 +337,22 @@ class Telemetry:
         """The hub at `origin` is asked where the bytes of `blob` are."""
         return Question(self, blob, file, origin)
 
-    def order(self, blob: BlobId, file: str, chunk: int, priority: str, origin: str) -> Order:
-        """An order for bytes of `chunk` at `origin` (scheme, host, port) is about to be given."""
-        return Order(self, blob, file, chunk, priority, origin)
+    def order(self, blob: BlobId, file: str, chunk: int, priority: str, origin: str, node: str = "") -> Order:
+        """An order for bytes of `chunk` at `origin` (scheme, host, port) is about to be given: that of another node where `node` names
+        one."""
+        return Order(self, blob, file, chunk, priority, origin, node)
+
+    def given(self, node: str, count: int, chunks: int) -> None:
+        """Another node got so many bytes of us, with which so many chunks were done."""
+        peer = self._peer(node)
+        peer.given.add(count, self._clock())
+        peer.given_chunks += chunks
+        self.metrics.given.labels(self._label(node)).inc(count)
+        self.metrics.given_chunks.inc(chunks)
+
+    def refused(self, reason: str, count: int) -> None:
+        """Other nodes' requests were refused: busy (no upload slot) or auth."""
+        self.metrics.refusals.labels(reason).inc(count)
 
     def throttled(self, origin: str, seconds: float, request: str) -> None:
         """`origin` asked for a pause when asked for a `request` (location or bytes)."""
@@ -338,9 +386,17 @@ class Telemetry:
     # For `manta top` -------------------------------------------------------------------------------------------------
 
     def sources(self) -> list[tuple[Source, float]]:
-        """The hosts, the latest used first, and the bytes per second that come from each."""
+        """The hosts, the latest used first, and the bytes per second that come from each; then the nodes that gave something, likewise."""
         now = self._clock()
-        return [(source, source.meter.rate(now)) for source in reversed(self._sources.values())]
+        givers = [peer for peer in reversed(self._peers.values()) if peer.meter.total or peer.in_flight]
+        return [
+            (source, source.meter.rate(now)) for source in (*reversed(self._sources.values()), *givers[:SOURCES_MAX])
+        ]
+
+    def peers(self) -> list[tuple[PeerSource, float, float]]:
+        """The nodes with which there was something to do, and the bytes per second from each and to each."""
+        now = self._clock()
+        return [(peer, peer.meter.rate(now), peer.given.rate(now)) for peer in self._peers.values()]
 
     def file_rate(self, blob: BlobId) -> FileRate:
         meter, origin = self._files.get(blob, (None, ""))
@@ -375,6 +431,25 @@ class Telemetry:
                 del self._sources[idle[0]]
         self._sources.move_to_end(origin)
         return source
+
+    def _peer(self, node: str, origin: str = "") -> PeerSource:
+        peer = self._peers.get(node)
+        if peer is None:
+            peer = self._peers[node] = PeerSource(origin, node=node)
+            idle = (name for name, other in self._peers.items() if not other.in_flight and other is not peer)
+            if len(self._peers) > PEERS_MAX and (longest := next(idle, None)) is not None:
+                del self._peers[longest]
+        peer.origin = origin or peer.origin
+        self._peers.move_to_end(node)
+        return peer
+
+    def _label(self, node: str) -> str:
+        """The label of a node: its own for the first NODES_MAX that there is something to count of, for the daemon's life."""
+        if node not in self._labels:
+            if len(self._labels) >= NODES_MAX:
+                return "other"
+            self._labels.add(node)
+        return node
 
     def _meter_of(self, blob: BlobId, origin: str) -> Meter:
         meter, _ = self._files.get(blob, (None, ""))

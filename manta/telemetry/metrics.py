@@ -1,7 +1,8 @@
 """Every metric of the daemon: name, unit, help, labels, here and only here. Served as /metrics by `manta.daemon`.
 
 Names and units follow https://prometheus.io/docs/practices/naming/. Labels have values from fixed lists, but for the kinds of a hub's
-quotas, which `manta.hub.huggingface` bounds at eight: no repo, file, host or process id is ever a label.
+quotas, which `manta.hub.huggingface` bounds at eight, and the ids of NODES_MAX other nodes: no repo, file, host or process id is ever a
+label.
 What happens is counted by `manta.telemetry.events`; what is (`State`) is asked for when somebody looks. Belongs to the trio thread.
 """
 
@@ -39,6 +40,7 @@ from manta.errors import (
 )
 from manta.telemetry.processes import usage
 from manta.wire.messages import Reason
+from manta.wire.peering import MemberState
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -50,11 +52,16 @@ ERRORS = tuple(
 )
 ROLES = ("fetch", "digest")
 REASONS: tuple[str, ...] = get_args(Reason)
+ORIGIN_REASONS = tuple(reason for reason in REASONS if reason != "busy")
+MEMBER_STATES: tuple[str, ...] = get_args(MemberState)
+
+NODES_MAX = 64
+"""Nodes that have a label of their own: two series each. The others are counted together, as "other"."""
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Seconds: from a near hub's round trip to the reader's deadline (60 s)."""
 
-_Labelled = TypeVar("_Labelled", Counter, Histogram)
+_Labelled = TypeVar("_Labelled", Counter, Gauge, Histogram)
 
 
 @dataclass(slots=True)
@@ -85,6 +92,16 @@ class QuotaLeft(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class SwarmState:
+    """`members` has the state of each; `origin_multiple` is None where nothing has come."""
+
+    members: Sequence[MemberState]
+    slots: int
+    busy: int
+    origin_multiple: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """What is so right now. `workers` are (role, process id); `disk_free` is None where the disk does not say."""
 
@@ -101,6 +118,8 @@ class State:
     hub_throttles: int
     quotas: Sequence[QuotaLeft]
     workers: Sequence[tuple[str, int]]
+    swarm: SwarmState | None = None
+    """None without one."""
 
 
 class Metrics:
@@ -137,7 +156,7 @@ class Metrics:
             counter(
                 "manta_read_bytes",
                 "Bytes given to readers, by where the daemon had them from: page_cache (memory), disk (the cache's disk), origin (the read"
-                " waited for them to be fetched).",
+                " waited for them to be fetched, from the origin or from another node).",
                 ["source"],
             ),
             ("page_cache", "disk", "origin"),
@@ -153,21 +172,26 @@ class Metrics:
 
         # Fetches
         self.fetched_bytes = _ready(
-            counter("manta_fetched_bytes", "Bytes that came over the network, by source.", ["source"]), ("origin",)
+            counter(
+                "manta_fetched_bytes",
+                "Bytes that came over the network, by source: origin, or peer (other nodes; not yet compared with their digest).",
+                ["source"],
+            ),
+            ("origin", "peer"),
         )
         self.fetch_first_byte = histogram(
-            "manta_fetch_first_byte_seconds", "From a request for a chunk's bytes to the first of them."
+            "manta_fetch_first_byte_seconds", "From a request to the origin for a chunk's bytes to the first of them."
         )
         self.fetch = histogram(
-            "manta_fetch_duration_seconds", "From a request for a chunk's bytes to the last of them."
+            "manta_fetch_duration_seconds", "From a request to the origin for a chunk's bytes to the last of them."
         )
         self.fetches = _ready(
             counter(
                 "manta_fetches",
-                "Orders for a chunk's bytes that ended, by outcome: ok, or why they failed.",
+                "Orders for a chunk's bytes from the origin that ended, by outcome: ok, or why they failed.",
                 ["outcome"],
             ),
-            ("ok", *REASONS),
+            ("ok", *ORIGIN_REASONS),
         )
         self.locations = _ready(
             counter(
@@ -180,7 +204,10 @@ class Metrics:
             "From such a question to its answer, the wait for a free worker included.",
         )
         self.retries = _ready(
-            counter("manta_retries", "Orders that failed and are tried again, by why they failed.", ["reason"]), REASONS
+            counter(
+                "manta_retries", "Orders to the origin that failed and are tried again, by why they failed.", ["reason"]
+            ),
+            ORIGIN_REASONS,
         )
         self.hedges = _ready(
             counter(
@@ -214,6 +241,53 @@ class Metrics:
             "manta_hub_quota_remaining", "Requests left in the hub's window, as its last answer said.", ["kind"]
         )
         self.quota_limit = gauge("manta_hub_quota_limit", "Requests per window of the hub, where it says.", ["kind"])
+
+        # The swarm
+        self.pulls = _ready(
+            counter(
+                "manta_pulls",
+                "Chunks asked of other nodes, by outcome: ok (compared with its digest), busy (the node has no upload slot), corrupt (a"
+                " wrong chunk), or why else they did not come.",
+                ["outcome"],
+            ),
+            ("ok", *REASONS),
+        )
+        self.pull_first_byte = histogram(
+            "manta_pull_first_byte_seconds", "From asking another node for a chunk to its first byte."
+        )
+        self.pull = histogram(
+            "manta_pull_duration_seconds", "From asking another node for a chunk to having all of it, compared."
+        )
+        self.received = _ready(
+            counter(
+                "manta_peer_received_bytes",
+                "Bytes that came from other nodes, by node: the first 64 by their id, the rest as other.",
+                ["node"],
+            ),
+            ("other",),
+        )
+        self.given = _ready(
+            counter("manta_peer_given_bytes", "Bytes given to other nodes, by node, likewise.", ["node"]), ("other",)
+        )
+        self.given_chunks = counter("manta_peer_given_chunks", "Chunks given to other nodes.")
+        self.refusals = _ready(
+            counter(
+                "manta_peer_refusals",
+                "Requests of other nodes that were refused, by reason: busy (no upload slot), auth (key, clock, replay).",
+                ["reason"],
+            ),
+            ("busy", "auth"),
+        )
+        self.members = _ready(
+            gauge("manta_peer_members", "Other nodes of the swarm, by state.", ["state"]), MEMBER_STATES
+        )
+        self.upload_slots = gauge("manta_peer_upload_slots", "Chunks that may be given at a time; 0 without a swarm.")
+        self.upload_slots_busy = gauge("manta_peer_upload_slots_in_use", "Chunks that are being given.")
+        self.origin_multiple = gauge(
+            "manta_origin_multiple_ratio",
+            "Bytes from the origin for each byte that this node has got since its start, from anywhere: 1 alone, 1/N of N nodes that start"
+            " at once. NaN while nothing has come, and without a swarm.",
+        )
 
         # Cache
         self.cache_bytes = gauge("manta_cache_bytes", "Bytes in the cache.")
@@ -299,6 +373,13 @@ class Metrics:
         self.mounts.set(state.mounts)
         self.transfers.set(state.transfers)
         self.reads_waiting.set(state.reads_waiting)
+        swarm = state.swarm
+        for name in MEMBER_STATES:
+            self.members.labels(name).set(0 if swarm is None else sum(member == name for member in swarm.members))
+        self.upload_slots.set(0 if swarm is None else swarm.slots)
+        self.upload_slots_busy.set(0 if swarm is None else swarm.busy)
+        multiple = None if swarm is None else swarm.origin_multiple
+        self.origin_multiple.set(float("nan") if multiple is None else multiple)
         self.throttles.labels("metadata").inc(state.hub_throttles - self._hub_throttles_taken)
         self._hub_throttles_taken = state.hub_throttles
         for quota in state.quotas:

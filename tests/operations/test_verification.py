@@ -161,7 +161,7 @@ async def test_a_whole_that_is_wrong_though_each_chunk_is_as_recorded(
         assert BLOB is not None
         with n.store.open_blob(BLOB, len(BIG)) as blob:
             from manta.cache import chunkmap
-from manta.cache.digests import chunk_digest
+            from manta.cache.digests import chunk_digest
 
             entry = chunk_digest(os.pread(blob.fd, CHUNK, 0))
             blob._map._write(entry + chunkmap._check(blob._map._seed, 0, entry), blob._map._entry_at(0))
