@@ -29,6 +29,17 @@ if [ "${#missing[@]}" -gt 0 ]; then
   apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
+# The swarm's status page is tested in a real browser. A machine that has none in its packages goes without: those tests are skipped.
+if [ "$extra" = dev ] && ! command -v chromium chromium-browser google-chrome >/dev/null; then
+  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    echo "installing chromium"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null ||
+      echo "chromium could not be installed: the tests of the status page will be skipped." >&2
+  else
+    echo "chromium is not installed (apt-get install chromium): the tests of the status page will be skipped." >&2
+  fi
+fi
+
 if [ ! -x .venv/bin/python ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

@@ -85,7 +85,8 @@ class PeerState(Protocol):
 
 
 class PeerView:
-    """What is seen of the swarm. `signed` makes the query of a link to the page that is good until then (seconds since the epoch)."""
+    """What is seen of the swarm: nothing without `state`. `signed` makes the query of a link to the page that is good until then, in
+    seconds since the epoch."""
 
     def __init__(
         self,

@@ -25,9 +25,12 @@ from manta.control.protocol import (
     Job,
     Mount,
     MountRequest,
+    PageLink,
+    Peers,
     Removal,
     Running,
     Status,
+    Swarm,
 )
 from manta.errors import MantaError
 
@@ -87,6 +90,9 @@ class FakeDaemon:
     errors: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     transfers: list[FileTransfer] = field(default_factory=list)
+    swarm: Swarm | None = None
+    peers: Peers = field(default_factory=lambda: Peers(enabled=False))
+    page: PageLink = field(default_factory=lambda: PageLink("http://127.0.0.1:9402/", 0.0))
     listing: CacheListing = field(default_factory=lambda: CacheListing([], 0, 0))
     removal: Removal = field(default_factory=lambda: Removal([], 0, []))
     jobs: list[Job] = field(default_factory=lambda: [job()])
@@ -171,6 +177,10 @@ class FakeDaemon:
         match method, path.strip("/").split("/")[1:]:
             case "GET", ["status"]:
                 return self.status()
+            case "GET", ["peers" | "peers?cluster=1"]:
+                return self.peers
+            case "GET", ["peers", "page"]:
+                return self.page
             case "POST", ["shutdown"]:
                 return self.status()
             case "POST", ["restart"]:
@@ -236,4 +246,5 @@ class FakeDaemon:
             workers=2,
             errors=self.errors,
             problems=self.problems,
+            swarm=self.swarm,
         )

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from manta.cli.frame import clean, columns, cut, frame, host, shortened
-from manta.control.protocol import FileTransfer, Mount, Quota, Source, Status
+from manta.control.protocol import FileTransfer, Mount, Quota, Source, Status, Swarm
 
 NOW = 1_000_000.0
 MOUNT = Mount(
@@ -76,6 +76,20 @@ def test_what_needs_a_look_stands_out() -> None:
     assert styles["cdn.example"] == styles["quota"] == styles["/models/org-name"] == "warning"
     assert styles["No"] == styles["The"] == styles["Disk"] == "error"
     assert "asked for a pause of 12 s more" in text(seen)
+
+
+def test_other_nodes_are_sources_too_and_one_that_is_gone_stands_out() -> None:
+    swarm = Swarm("0" * 16, "10.0.0.1:9402", 7, 7, 1.5e6, 2.5e6, 3_000_000, 4_000_000, 8, 2)
+    sources = [Source("http://10.0.0.2:9402", 1.5e6, 3_000_000, 4, 0, 0.0, "0123456789abcdef")]
+    shown = text(status(swarm=swarm, sources=sources))
+    assert (
+        "peers     7 of 7 up, 1.5 MB/s from them, 2.5 MB/s to them on 2 of 8 slots, 3.0 MB and 4.0 MB in all" in shown
+    )
+    assert "peer 01234567 10.0.0.2:9402  1.5 MB/s  3.0 MB  " in shown
+    for up, style in ((7, "plain"), (6, "warning")):
+        lines = frame(status(swarm=msgspec.structs.replace(swarm, up=up)), now=NOW, width=120)
+        assert [line.style for line in lines if line.text.startswith("peers")] == [style]
+    assert "peers" not in text(status())
 
 
 def test_files_that_somebody_waits_for_come_first() -> None:

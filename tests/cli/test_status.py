@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from manta.control.protocol import FileTransfer
+from manta.control.protocol import FileTransfer, Swarm
 from tests.cli.conftest import Manta
 from tests.cli.fake_daemon import COMMIT, FakeDaemon
 
@@ -46,6 +46,13 @@ def test_status_shows_what_the_daemon_knows(manta: Manta, daemon: FakeDaemon, pl
     document = manta("status", "--json").json
     assert document["mounts"][0]["commit"] == COMMIT
     assert document["transfers"][0]["cached"] == 250
+
+
+def test_what_other_nodes_give_is_said(manta: Manta, daemon: FakeDaemon) -> None:
+    assert "peers" not in manta("status").out
+    daemon.swarm = Swarm("0" * 16, "10.0.0.1:9402", 7, 6, 1.5e6, 2.5e6, 3_000_000, 4_000_000, 8, 2)
+    out = manta("status").out
+    assert "peers    6 of 7 other nodes up; 1.5 MB/s from them and 2.5 MB/s to them now, 3.0 MB and 4.0 MB since" in out
 
 
 def test_offline_and_stale_are_said(manta: Manta, daemon: FakeDaemon) -> None:

@@ -70,6 +70,8 @@ def test_every_call_asks_what_the_protocol_says(daemon: FakeDaemon) -> None:
     assert isinstance(client.shutdown(), Status)
     assert client.restart() == Running("0.1.0", os.getpid())
     assert client.running() == Running("0.2.0", 1)
+    assert client.peers() == client.peers(cluster=True) == daemon.peers
+    assert client.page() == daemon.page
     assert [str(request) for request in daemon.requests] == [
         "POST /v1/mounts",
         "POST /v1/mounts/1/bound",
@@ -87,6 +89,9 @@ def test_every_call_asks_what_the_protocol_says(daemon: FakeDaemon) -> None:
         "POST /v1/shutdown",
         "POST /v1/restart",
         "GET /v1/status",
+        "GET /v1/peers",
+        "GET /v1/peers?cluster=1",
+        "GET /v1/peers/page",
     ]
     assert daemon.requests[0].body == {
         "target": "org/name",

@@ -28,6 +28,8 @@ from manta.control.protocol import (
     Job,
     Mount,
     MountRequest,
+    PageLink,
+    Peers,
     PrefetchRequest,
     Removal,
     Status,
@@ -65,6 +67,10 @@ STATUS = Status(
     workers=2,
     errors=[],
 )
+
+PEERS = Peers(enabled=True, node="0" * 16, origin_multiple=0.5)
+CLUSTER = Peers(enabled=True, cluster=protocol.Cluster(1.0, [], ["größe is down."], 0, 5, 4, 1.25, [], 0, []))
+PAGE = PageLink("http://10.0.0.1:9402/?q", 5.0)
 
 METRICS = Answer(200, "text/plain; version=0.0.4", b"manta_mounts 1.0\n")
 
@@ -140,6 +146,15 @@ class ScriptedService:
     async def restart(self) -> protocol.Running:
         return await self._say(RUNNING, "restart")
 
+    async def peers(self) -> Peers:
+        return await self._say(PEERS, "peers")
+
+    async def cluster(self) -> Peers:
+        return await self._say(CLUSTER, "cluster")
+
+    async def page(self) -> PageLink:
+        return await self._say(PAGE, "page")
+
     async def metrics(self) -> Answer:
         return await self._say(METRICS, "metrics")
 
@@ -200,6 +215,9 @@ CALLS: list[tuple[Callable[[Client], object], object, tuple[object, ...]]] = [
     (lambda c: c.collect(GcRequest(5, dry_run=True)), REMOVAL, ("collect", GcRequest(5, dry_run=True))),
     (lambda c: c.shutdown(), STATUS, ("shut_down",)),
     (lambda c: c.restart(), RUNNING, ("restart",)),
+    (lambda c: c.peers(), PEERS, ("peers",)),
+    (lambda c: c.peers(cluster=True), CLUSTER, ("cluster",)),
+    (lambda c: c.page(), PAGE, ("page",)),
 ]
 
 

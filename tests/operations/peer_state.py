@@ -180,7 +180,7 @@ def busy_swarm() -> FakePeerState:
     down = "It does not answer at 10.0.0.7:9402 (connection refused)."
     members = [member(number) for number in range(2, 9)]
     members[5] = member(7, "down", problem=down, rtt_s=0.0)
-    members[4] = member(6, "suspect", problem="It did not answer within 1 s.")
+    members[4] = member(6, "suspect", since=NOW - 2, problem="It did not answer within 1 s.")
     return FakePeerState(
         known=members,
         own=said(1),

@@ -10,8 +10,18 @@ import pytest
 from manta.errors import Absent, Throttled, Unavailable
 from manta.model.extents import Extent
 from manta.model.ids import BlobId, parse_blob_id
-from manta.telemetry.events import FILES_MAX, NAMED_MAX, SLOW_SECONDS, SOURCES_MAX, Opener, ReadWait, Telemetry
-from manta.telemetry.metrics import Metrics
+from manta.telemetry.events import (
+    FILES_MAX,
+    NAMED_MAX,
+    PEERS_MAX,
+    SLOW_SECONDS,
+    SOURCES_MAX,
+    Opener,
+    Order,
+    ReadWait,
+    Telemetry,
+)
+from manta.telemetry.metrics import NODES_MAX, Metrics
 from manta.wire.messages import Failed
 from tests.telemetry.scrape import samples
 
@@ -241,6 +251,107 @@ def test_sources_and_files_have_rates_and_are_bounded(telemetry: Telemetry, cloc
     order.ended()
     assert not telemetry._orders
     assert not telemetry._waits
+
+
+NODE = "00000000000000aa"
+ADDRESS = "http://10.0.0.2:9402"
+
+
+def pull(telemetry: Telemetry, node: str = NODE) -> Order:
+    return telemetry.order(BLOB, "f", 0, "demand", ADDRESS, node)
+
+
+def test_what_comes_from_another_node_is_counted_apart_from_the_origin(telemetry: Telemetry, clock: Clock) -> None:
+    order = pull(telemetry)
+    for _ in range(10):
+        order.came(1000)
+        clock.now += 0.1
+    order.done(1.0, 0.5)
+    order.recorded()
+    order.ended()
+    assert (
+        values(telemetry.metrics).items()
+        >= {
+            "manta_fetched_bytes_total{source=peer}": 10_000,
+            f"manta_peer_received_bytes_total{{node={NODE}}}": 10_000,
+            "manta_pulls_total{outcome=ok}": 1,
+            "manta_pull_duration_seconds_sum": 1.0,
+            "manta_pull_first_byte_seconds_sum": 0.5,
+        }.items()
+    )
+    for of_origin in (
+        "manta_fetched_bytes_total{source=origin}",
+        "manta_fetches_total{outcome=ok}",
+        "manta_fetch_duration_seconds_count",
+    ):
+        assert of_origin not in values(telemetry.metrics)
+    ((peer, rate_in, rate_out),) = telemetry.peers()
+    assert (peer.node, peer.origin, peer.chunks, peer.meter.total, peer.in_flight) == (NODE, ADDRESS, 1, 10_000, 0)
+    assert rate_in == pytest.approx(10_000, rel=0.2)
+    assert rate_out == 0
+    assert [(source.origin, rate) for source, rate in telemetry.sources()] == [(ADDRESS, rate_in)]
+    assert telemetry.file_rate(BLOB).origin == ADDRESS
+
+
+def test_a_node_that_is_busy_has_not_failed_and_one_that_sends_wrong_bytes_has(telemetry: Telemetry) -> None:
+    for failure, failures in (
+        (Failed(1, "busy", "no slot", 503), 0),
+        (Failed(1, "cancelled", "x"), 0),
+        (Failed(1, "throttled", "its origin", 502, behind=True), 0),
+        (Failed(1, "corrupt", "wrong chunk"), 1),
+        (Failed(1, "unavailable", "gone", unreachable=True), 2),
+    ):
+        order = pull(telemetry)
+        order.failed(failure, 1, retry=True, pause_s=0)
+        order.ended()
+        ((peer, _, _),) = telemetry.peers()
+        assert peer.failures == failures, failure.reason
+    numbers = values(telemetry.metrics)
+    for outcome in ("busy", "corrupt", "throttled", "unavailable", "cancelled"):
+        assert numbers[f"manta_pulls_total{{outcome={outcome}}}"] == 1
+    assert not any("retries" in name or "fetches" in name for name in numbers)
+
+
+def test_what_goes_to_other_nodes_is_counted_by_node(telemetry: Telemetry, clock: Clock) -> None:
+    telemetry.given(NODE, 500, 1)
+    clock.now += 1
+    telemetry.given(NODE, 500, 2)
+    telemetry.refused("busy", 3)
+    telemetry.refused("auth", 1)
+    assert (
+        values(telemetry.metrics).items()
+        >= {
+            f"manta_peer_given_bytes_total{{node={NODE}}}": 1000,
+            "manta_peer_given_chunks_total": 3,
+            "manta_peer_refusals_total{reason=busy}": 3,
+            "manta_peer_refusals_total{reason=auth}": 1,
+        }.items()
+    )
+    ((peer, rate_in, rate_out),) = telemetry.peers()
+    assert (peer.given.total, peer.given_chunks, peer.origin, rate_in) == (1000, 3, "", 0)
+    assert rate_out == pytest.approx(1000)
+    assert telemetry.sources() == [], "it has given nothing"
+
+
+def test_nodes_and_their_labels_are_bounded(telemetry: Telemetry) -> None:
+    order = pull(telemetry, "ffff")
+    for number in range(PEERS_MAX + 10):
+        telemetry.given(f"{number:016x}", 10, 1)
+    order.came(7)
+    order.ended()
+    assert len(telemetry.peers()) == PEERS_MAX
+    assert "ffff" in {peer.node for peer, _, _ in telemetry.peers()}, "it had an order under way"
+    numbers = values(telemetry.metrics)
+    given = {name: value for name, value in numbers.items() if name.startswith("manta_peer_given_bytes")}
+    assert len(given) == NODES_MAX
+    assert sum(given.values()) == 10 * (PEERS_MAX + 10)
+    assert numbers["manta_peer_received_bytes_total{node=ffff}"] == 7
+    assert [source.meter.total for source, _ in telemetry.sources()] == [7], "the others gave nothing"
+    for number in range(SOURCES_MAX + 5):
+        giver = pull(telemetry, f"{number:016x}")
+        giver.came(1)
+        giver.ended()
+    assert len(telemetry.sources()) == SOURCES_MAX
 
 
 def test_nothing_is_composed_for_a_log_that_is_not_written(

@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from manta.telemetry.metrics import Metrics
+from manta.telemetry.metrics import Metrics, SwarmState
+from manta.wire.peering import MemberState
 from tests.telemetry.scrape import STATE, samples
 
 LABELS = {
-    "version", "python", "fuse", "outcome", "source", "result", "reason", "request", "kind", "role", "le",
+    "version", "python", "fuse", "outcome", "source", "result", "reason", "request", "kind", "role", "le", "state", "node",
 }  # fmt: skip
-"""None names a repo, a file, a host or a process: those have no bound."""
+"""None names a repo, a file, a host or a process: those have no bound. `node` has one (NODES_MAX)."""
 
 
 def test_names_helps_units_and_labels_follow_the_conventions() -> None:
@@ -42,6 +43,12 @@ def test_every_counter_is_there_from_the_start_with_zero() -> None:
         "manta_read_bytes_total{source=origin}",
         "manta_cache_chunk_requests_total{result=miss}",
         "manta_fetched_bytes_total{source=origin}",
+        "manta_fetched_bytes_total{source=peer}",
+        "manta_pulls_total{outcome=corrupt}",
+        "manta_peer_given_chunks_total",
+        "manta_peer_given_bytes_total{node=other}",
+        "manta_peer_received_bytes_total{node=other}",
+        "manta_peer_refusals_total{reason=auth}",
         "manta_fetches_total{outcome=throttled}",
         "manta_retries_total{reason=corrupt}",
         "manta_hedges_total{outcome=won}",
@@ -69,6 +76,19 @@ def test_what_is_now_is_shown_as_given() -> None:
     assert "manta_hub_quota_limit{kind=resolvers}" not in values
     silent = samples(Metrics(), replace(STATE, disk_free=None))["manta_cache_disk_free_bytes"]
     assert math.isnan(silent), "a disk that does not answer is not full"
+
+
+def test_a_swarm_is_shown_as_given_and_none_as_nothing() -> None:
+    states: list[MemberState] = ["up", "up", "down"]
+    values = samples(Metrics(), replace(STATE, swarm=SwarmState(states, 8, 3, 0.125)))
+    assert values["manta_peer_members{state=up}"] == 2
+    assert values["manta_peer_members{state=down}"] == 1
+    assert values["manta_peer_members{state=refused}"] == 0
+    assert (values["manta_peer_upload_slots"], values["manta_peer_upload_slots_in_use"]) == (8, 3)
+    assert values["manta_origin_multiple_ratio"] == 0.125
+    alone = samples(Metrics())
+    assert alone["manta_peer_members{state=up}"] == alone["manta_peer_upload_slots"] == 0
+    assert math.isnan(alone["manta_origin_multiple_ratio"])
 
 
 def test_the_tally_of_reads_is_taken_over_once() -> None:
