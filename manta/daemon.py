@@ -74,6 +74,7 @@ from manta.operations.room import Room
 from manta.operations.sharing import Sharing
 from manta.operations.verification import Verification
 from manta.operations.watchdog import Watchdog
+from manta.swarm.auth import PAGE_SECONDS_MAX, sign_page
 from manta.swarm.keys import is_loopback, read_keys
 from manta.telemetry import logs
 from manta.telemetry.events import PeerSource, Telemetry
@@ -305,7 +306,12 @@ class Daemon:
             __version__,
             self._started,
         )
-        self._nursery.start_soon(self._swarm.run, self._fetcher, sharing.answer)
+        swarm = self._swarm
+        self._peer_view = PeerView(
+            self._config.swarm, sharing, lambda until: sign_page(swarm.keys, until - PAGE_SECONDS_MAX)
+        )
+        sharing.page = self._peer_view.page_json
+        self._nursery.start_soon(swarm.run, self._fetcher, sharing.answer)
 
     def _mounted_snapshots(self) -> Iterator[Snapshot]:
         for mounted in self._mounts:

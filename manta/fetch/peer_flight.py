@@ -71,7 +71,7 @@ class PeerFlight:
         self.heard = self.course.began
         """When anything came of it last: bytes, or word that it is being fetched."""
         self.told = telemetry.order(
-            transfer.blob.id, transfer.name, want.chunk, want.priority.name.lower(), f"peer {contact.node}"
+            transfer.blob.id, transfer.name, want.chunk, want.priority.name.lower(), contact.address, contact.node
         )
         wanted = want.priority is Priority.DEMAND or transfer.awaited(want.chunk)
         self._control = OrderControl(wanted=wanted, given=self._given)

@@ -51,14 +51,6 @@ class Peers(Protocol):
         asked that member for a pause."""
         ...
 
-    def took(self, node: str, count: int, *, chunk: bool) -> None:
-        """`count` bytes came from `node`; with `chunk` they were the last of one."""
-        ...
-
-    def failed(self, node: str) -> None:
-        """`node` did not give what it was asked for."""
-        ...
-
     def wrong(self, node: str, transfer: Transfer, chunk: int) -> None:
         """`node` gave other bytes than it announced, or than the origin has."""
         ...
@@ -197,7 +189,6 @@ class PeerOrders:
             else:
                 self._after_success(flight, answer)
         finally:
-            self._peers.took(flight.node, flight.course.came, chunk=False)
             self._note(transfer, flight.course.came, peer=True)
             flight.told.ended()
             del transfer.watchers[want.chunk]
@@ -209,7 +200,6 @@ class PeerOrders:
         self._peers.choice.got(
             flight.node, str(want.blob), want.chunk, flight.course.wanted, answer.seconds - answer.first_byte_s
         )
-        self._peers.took(flight.node, 0, chunk=True)
         self._stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
         self._scheduler.finished(want)
         if not transfer.blob.sealed:
@@ -246,7 +236,6 @@ class PeerOrders:
             choice.end(flight.node)
         else:
             choice.failed(flight.node, now)
-            self._peers.failed(flight.node)
             transfer.trouble = failure.message
             if failure.reason == "corrupt":
                 choice.lied(flight.node, now)

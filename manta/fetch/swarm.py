@@ -36,12 +36,12 @@ from manta.swarm.protocol import (
     Exchange,
     LocationRequest,
     Refusal,
+    Report,
     SharedLocation,
     decode,
     encode,
 )
 from manta.telemetry.events import Telemetry
-from manta.telemetry.meter import Meter
 from manta.wire.channel import Closed
 from manta.wire.messages import Ready
 from manta.wire.peering import (
@@ -86,9 +86,6 @@ RESTART_PAUSE_SECONDS = 0.2
 RESTART_PAUSE_SECONDS_MAX = 10.0
 STABLE_SECONDS = 30.0
 
-NODES_MAX = 1024
-"""Nodes of which it is remembered what was exchanged."""
-
 ANSWERS_MAX = 512
 """Questions of members under way: the peer process bounds what it passes on to fewer."""
 
@@ -114,17 +111,6 @@ class Listener(Protocol):
     def heed_pause(self, origin: str, seconds: float) -> None: ...
 
     def pauses(self) -> dict[str, float]: ...
-
-
-@dataclass(slots=True)
-class _Exchanged:
-    """What was given and taken, and how fast now."""
-
-    taken: Meter = field(default_factory=Meter)
-    given: Meter = field(default_factory=Meter)
-    chunks_in: int = 0
-    chunks_out: int = 0
-    failures: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -160,7 +146,6 @@ class Swarm:
         self._telemetry = telemetry
         self._members: dict[str, Member] = {}
         self._pages: dict[int, list[Member]] = {}
-        self._exchanged: OrderedDict[str, _Exchanged] = OrderedDict()
         self._followed: OrderedDict[BlobId, tuple[int, float]] = OrderedDict()  # size, and when it was touched last
         self._follow_changed = trio.Event()
         self._troubles: dict[str, str] = {}
@@ -355,19 +340,12 @@ class Swarm:
         self._listener.members_changed()
 
     def _take_uploaded(self, message: Uploaded) -> None:
-        now = trio.current_time()
         self.busy = message.busy
         for node, count, chunks in message.given:
-            exchanged = self._with(node)
-            exchanged.given.add(count, now)
-            exchanged.chunks_out += chunks
+            self._telemetry.given(node, count, chunks)
             self.ledger.to_peers += count
-        self._telemetry.uploaded(
-            sum(count for _, count, _ in message.given),
-            sum(chunks for _, _, chunks in message.given),
-            message.refused_busy,
-            message.refused_auth,
-        )
+        self._telemetry.refused("busy", message.refused_busy)
+        self._telemetry.refused("auth", message.refused_auth)
 
     async def _answer(self, asked: Asked) -> None:
         with trio.CancelScope() as scope:
@@ -399,29 +377,28 @@ class Swarm:
 
     def exchanges(self) -> list[Exchange]:
         """With whom what was exchanged."""
-        now = trio.current_time()
         states = {member.node: member.state for member in self._members.values()}
         return [
             Exchange(
-                node=node,
-                bytes_in=e.taken.total,
-                chunks_in=e.chunks_in,
-                bytes_out=e.given.total,
-                chunks_out=e.chunks_out,
-                rate_in=e.taken.rate(now),
-                rate_out=e.given.rate(now),
-                failures=e.failures,
-                state=states.get(node, "gone"),
+                node=peer.node,
+                bytes_in=peer.meter.total,
+                chunks_in=peer.chunks,
+                bytes_out=peer.given.total,
+                chunks_out=peer.given_chunks,
+                rate_in=rate_in,
+                rate_out=rate_out,
+                failures=peer.failures,
+                state=states.get(peer.node, "gone"),
             )
-            for node, e in self._exchanged.items()
+            for peer, rate_in, rate_out in self._telemetry.peers()
         ]
 
-    def _with(self, node: str) -> _Exchanged:
-        exchanged = self._exchanged.setdefault(node, _Exchanged())
-        self._exchanged.move_to_end(node)
-        if len(self._exchanged) > NODES_MAX:
-            self._exchanged.popitem(last=False)
-        return exchanged
+    async def ask_report(self, node: str) -> Report:
+        """What `node` has done. Raises Unavailable, and Invalid for an answer that is none."""
+        answer = await self.call(node, "report", b"", fd=None)
+        if answer.status != 200:
+            raise Unavailable(f"Node {node} answered {answer.status} when it was asked what it has done.")
+        return decode(answer.body, Report)
 
     def owner(self, key: str) -> str | None:
         """The member who asks the hub about `key` for all; None where that is this node."""
@@ -507,16 +484,6 @@ class Swarm:
             self.choice.follow(map(str, self._followed), trio.current_time())
             self._follow_changed.set()
 
-    def took(self, node: str, count: int, *, chunk: bool) -> None:
-        """`count` bytes came from `node`; with `chunk` they were the last of one."""
-        exchanged = self._with(node)
-        exchanged.taken.add(count, trio.current_time())
-        exchanged.chunks_in += chunk
-
-    def failed(self, node: str) -> None:
-        """`node` did not give what it was asked for."""
-        self._with(node).failures += 1
-
     def wrong(self, node: str, transfer: Transfer, chunk: int) -> None:
         member = self._members.get(node)
         self._troubles["wrong"] = (
@@ -524,7 +491,6 @@ class Swarm:
             " asked for ten minutes: check its disk and memory."
         )
         log.error("%s", self._troubles["wrong"])
-        self._telemetry.wrong_chunk()
 
     async def location(self, provenance: Provenance) -> Location | None:
         blob, entry = provenance.entry.blob, provenance.entry

@@ -71,12 +71,20 @@ class PeerState(Protocol):
     """What the swarm's driver in the daemon knows."""
 
     node: str
-    address: str
-    """HOST:PORT."""
-    problem: str
-    """What does not work, a sentence; "" where all does."""
     slots: int
-    busy: int
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+        ...
+
+    @property
+    def problem(self) -> str:
+        """What does not work, a sentence; "" where all does."""
+        ...
+
+    @property
+    def busy(self) -> int: ...
 
     def members(self) -> list[Member]: ...
     def exchanges(self) -> list[Exchange]: ...

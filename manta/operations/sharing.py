@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 import trio
@@ -45,8 +45,8 @@ PATH_BYTES_MAX = 4096
 
 
 class Sharing:
-    """`access` is the node's own; `mounted` are the snapshots that mounts show. `version` and `started` (seconds since the epoch) are the
-    daemon's."""
+    """Also what `manta.operations.peers` looks at. `page` writes the status page's data. `access` is the node's own; `mounted` are the
+    snapshots that mounts show. `version` and `started` (seconds since the epoch) are the daemon's."""
 
     def __init__(
         self,
@@ -69,6 +69,24 @@ class Sharing:
         self._mounted = mounted
         self._version = version
         self._started = started
+        self.page: Callable[[], Awaitable[bytes]]
+        self.node = swarm.node
+        self.slots = swarm.slots
+        self.members = swarm.members
+        self.exchanges = swarm.exchanges
+        self.ask_report = swarm.ask_report
+
+    @property
+    def address(self) -> str:
+        return self._swarm.address
+
+    @property
+    def problem(self) -> str:
+        return self._swarm.problem
+
+    @property
+    def busy(self) -> int:
+        return self._swarm.busy
 
     async def answer(self, asked: Asked) -> Answer:
         """Raises the named errors of what was tried."""
@@ -85,6 +103,8 @@ class Sharing:
                 return Answer(200, encode(self.report()))
             case "public":
                 return await self._public(asked.body.decode("ascii", "replace"))
+            case "page":
+                return Answer(200, b"", _in_memory(await self.page()))
         raise Invalid(f"No node asks for {asked.what[:40]!r}: the other node may be of another version.")
 
     # Chunks ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""manta.swarm.document in a real browser: what it shows, follows and refuses. The rest of it is data, see tests/operations/test_peers.py."""
+"""manta.swarm.document in a real browser: what it shows and refuses. The rest of it is data, see tests/operations/test_peers.py."""
 
 from __future__ import annotations
 
