@@ -82,6 +82,10 @@ CALL_SECONDS = 1.5
 ASKED_MAX = 4
 """Members asked for what the hub, out of reach, does not tell."""
 
+JOIN_SECONDS = 3.0
+"""How long after its start a node waits to hear who the others are before it asks the origin. A process is up in about half a second and
+members answer in milliseconds; nodes that start together would each read the origin for that long."""
+
 RESTART_PAUSE_SECONDS = 0.2
 RESTART_PAUSE_SECONDS_MAX = 10.0
 STABLE_SECONDS = 30.0
@@ -152,6 +156,7 @@ class Swarm:
         self._calls: dict[int, _Pending] = {}
         self._numbers = itertools.count(1)
         self._answering: dict[int, trio.CancelScope] = {}
+        self._joined = trio.Event()
         self._channel: Channel[FromPeerProcess] | None = None
         self._pid = 0
         self._listener: Listener
@@ -177,6 +182,7 @@ class Swarm:
     async def run(self, listener: Listener, answerer: Answerer) -> None:
         """Keeps the peer process running as long as it is not cancelled. `answerer` answers members' questions."""
         self._listener, self._answerer = listener, answerer
+        self.choice.joining_until = trio.current_time() + JOIN_SECONDS
         pause = RESTART_PAUSE_SECONDS
         while True:
             began = trio.current_time()
@@ -337,7 +343,13 @@ class Swarm:
                 log.info("node %s at %s is %s%s", member.node or "unknown", member.address, member.state, said)
         self.choice.set_members(m.node for m in members if m.node and m.state in {"up", "suspect"})
         self.choice.set_suspect(m.node for m in members if m.state == "suspect")
+        if not any(m.state == "suspect" and not m.node for m in members):  # each has been greeted
+            self._join()
         self._listener.members_changed()
+
+    def _join(self) -> None:
+        self.choice.joining_until = float("-inf")
+        self._joined.set()
 
     def _take_uploaded(self, message: Uploaded) -> None:
         self.busy = message.busy
@@ -434,6 +446,8 @@ class Swarm:
 
         Raises Throttled where the hub asked that member for a pause.
         """
+        with trio.move_on_at(self.choice.joining_until):
+            await self._joined.wait()
         node = self.owner(key)
         return None if node is None else await self._told(node, what, body)
 

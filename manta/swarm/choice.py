@@ -116,6 +116,8 @@ class Choice:
         self._rankings: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
         self.in_flight = 0
         """Chunks that are being asked for."""
+        self.joining_until = float("-inf")
+        """Until then it is not known yet who the members are: nothing goes to the origin that one of them may have, or own."""
 
     # Who is there ----------------------------------------------------------------------------------------------------
 
@@ -184,6 +186,8 @@ class Choice:
         self, blob: str, chunk: int, now: float, *, urgent: bool = False, origin: bool = True, behalf: bool = False
     ) -> Source:
         """Whom to ask. `urgent`: a reader waits. `origin`: it can be asked now. `behalf`: for another member, who must not be sent on."""
+        if now < self.joining_until:
+            return NOT_NOW
         if not self._members:
             return ORIGIN
         hints = self._hints.get((blob, chunk))
