@@ -152,7 +152,10 @@ class MemberClient:
                 except aiohttp.ClientConnectorError:
                     raise
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                    # A kept connection may be closed by the member in the instant in which it is used again.
+                    # A kept connection may be closed by the member in the instant in which it is used again. aiohttp tries a GET
+                    # once more by itself; all that is asked for by POST may be asked for twice too.
+                    if method == "GET":
+                        raise
                     return await self._attempt(method, target, address, node, body, fd)
         except MantaError:
             _empty(fd)
@@ -189,7 +192,7 @@ class MemberClient:
         answer = auth.Answer(status, body_sha256=digest)
         genuine = not keys or auth.answer_is_genuine(answer, mac, nonce, signer, keys[0])
         if status == 401 or not genuine:
-            raise _not_taken(status, mac, taken, address)
+            raise _not_taken(status, mac, taken, address, node)
         return Answered(status, taken, signer, time.monotonic() - began)
 
 
@@ -255,11 +258,14 @@ def _reason(body: bytes) -> str:
     return f": {printable(message, PROBLEM_CHARACTERS_MAX).rstrip('. ')}" if message else ""
 
 
-def _not_taken(status: int, mac: str, body: bytes, address: str) -> MantaError:
-    """Why an answer is not a member's to us."""
+def _not_taken(status: int, mac: str, body: bytes, address: str, node: str) -> MantaError:
+    """Why an answer is not taken for that of `node`."""
     if status == 401:
         # Who is refused shares no key with the one who says it, so there is nothing to sign it with.
         return Denied(f"{address} refuses this node{_reason(body)}.")
+    if mac and not node and status != 200:
+        # Nothing but a hello names its signer.
+        return Unavailable(f"{address} answered {status}{_reason(body)}.")
     if mac:
         return Denied(f"The signature of the answer of {address} is wrong: give all nodes the same swarm key.")
     if status == 429 or status >= 500:

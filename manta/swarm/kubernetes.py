@@ -34,7 +34,7 @@ PORT_NAME = "peer"
 SERVICE_LABEL = "kubernetes.io/service-name"
 
 WATCH_SECONDS = 300
-"""How long a watch is asked to last, and by chance up to half as long again: so not all nodes come back at once. client-go has 5 to 10 min."""
+"""How long a watch is asked to last, and by chance up to half as long again: so not all nodes come back at once. client-go: 5 to 10 min."""
 
 SILENCE_SECONDS = 120.0
 """A watch that says nothing for so long is begun again, from where it was: the API sends a bookmark about once a minute."""
@@ -79,8 +79,8 @@ class EndpointSlice(msgspec.Struct, frozen=True, rename="camel"):
     ports: list[_Port] | None = None
 
     def addresses(self) -> set[str]:
-        """HOST:PORT of the endpoints that serve: those that end (terminating) too, as long as they do. Where the slice has several TCP ports,
-        at the one named PORT_NAME; nobody where there is none."""
+        """HOST:PORT of the endpoints that serve: those that end (terminating) too, as long as they do. At the port named PORT_NAME where
+        there are several TCP ports; nobody where there is none."""
         port = self.peer_port
         return {
             str(ListenAddress(endpoint.addresses[0], port))  # the meaning of any others is undefined

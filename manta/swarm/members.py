@@ -113,7 +113,7 @@ class Membership:
         self._due.set()
 
     def is_member(self, node: str) -> bool:
-        """Whether `node` answers us, or did until a moment ago."""
+        """Whether `node` is known by an answer of its own, and not refused. It may be down."""
         return self._roster.is_member(node)
 
     async def call(self, call: Call, fd: int | None) -> Called:

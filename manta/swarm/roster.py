@@ -283,7 +283,7 @@ class Roster:
         return contacts[0].address if contacts else None
 
     def is_member(self, node: str) -> bool:
-        """Whether it answers, or did until a moment ago; not one that is refused."""
+        """Whether it has answered as itself at an address that is still a member's, and is not refused. It may be down."""
         contacts = self._nodes.get(node) if node != self.me else None
         return contacts is not None and contacts[0].state != "refused"
 
