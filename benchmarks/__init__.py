@@ -4,9 +4,10 @@ Every figure that a goal is about is a ratio to something measured in the same r
 
     __main__    the command: arguments, signals, exit codes, where results go
     cold, ttfb, parallel, load, faults, metadata, loopback, warm, survive   the benchmarks, one module each
+    cluster, churn, peerpath    those of many nodes
     report      what a benchmark returns: runs, table, goals, chart; the JSON contract
     rig         what a benchmark runs on: the hub behind its link, mounts, curl, readers
-    scratch     the one folder and the processes of a run, and how all of it goes away
+    fleet       what the benchmarks of many nodes share: a model of a few shards, links, nodes that read at once
     sampler     CPU time and memory of groups of processes
     readers     the programs that read through the mount; run without site-packages
     loaders     the programs that load with safetensors and huggingface_hub

@@ -13,7 +13,22 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
 
-from benchmarks import chart, cold, faults, load, loopback, machine, metadata, parallel, survive, ttfb, warm
+from benchmarks import (
+    chart,
+    churn,
+    cluster,
+    cold,
+    faults,
+    load,
+    loopback,
+    machine,
+    metadata,
+    parallel,
+    peerpath,
+    survive,
+    ttfb,
+    warm,
+)
 from benchmarks.report import Report, encode
 from benchmarks.rig import REPOSITORY
 from manta.errors import MantaError
@@ -30,6 +45,9 @@ BENCHMARKS: dict[str, ModuleType] = {
     "loopback": loopback,
     "warm": warm,
     "survive": survive,
+    "cluster": cluster,
+    "churn": churn,
+    "peerpath": peerpath,
 }
 
 MISSED = 1

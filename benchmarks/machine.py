@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.report import Cell
-from benchmarks.scratch import mountinfo
 from manta.errors import Absent
+from manta.testing.scratch import mountinfo
 
 PACKAGES = {
     "curl": "curl",
@@ -23,6 +23,7 @@ PACKAGES = {
     "aria2c": "aria2",
     "rclone": "rclone",
     "openssl": "openssl",
+    "nginx": "nginx-light",
 }
 """The Debian package of each program that a benchmark may ask for."""
 

@@ -17,8 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import scratch
 from manta.errors import Unavailable
+from manta.testing import scratch
 
 CacheMode = Literal["off", "full"]
 """rclone's --vfs-cache-mode: straight from the network, or by way of sparse files on disk."""

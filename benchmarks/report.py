@@ -54,6 +54,16 @@ class Chart:
     levels: Sequence[tuple[str, float]] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Lines to draw: for each label points (x, y), y from nought."""
+
+    title: str
+    x: str
+    unit: str
+    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]
+
+
 @dataclass(slots=True)
 class Report:
     name: str
@@ -63,7 +73,7 @@ class Report:
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader of the figures must know, such as a part that was left out, a sentence each."""
-    chart: Chart | None = None
+    chart: Chart | Curves | None = None
 
     @property
     def met(self) -> bool:

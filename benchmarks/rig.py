@@ -6,7 +6,7 @@
             found = rig.read(mount, [["sequential", str(mount.file("model.safetensors")), "--block", "4194304"]])
 
 Manta is driven as a person drives it: `python -m manta mount` and `umount`, settings by flags and environment. All that is started dies
-with the rig (see scratch.py and manta.testing.netns). Every wait has a deadline; a reader that passes its own gets its mount aborted.
+with the rig (see manta.testing.scratch and netns). Every wait has a deadline; a reader that passes its own gets its mount aborted.
 
 Used by every benchmark.
 """
@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks import readers, scratch
+from benchmarks import readers
 from benchmarks.origin import file_url
 from benchmarks.report import MEGABYTE, ratio
 from benchmarks.sampler import GroupUsage, ProcessUsage, Sampler, command_line, role
@@ -38,7 +38,7 @@ from manta.config import CacheConfig, Config, DaemonConfig, parse_size
 from manta.control.client import Client
 from manta.control.protocol import PrefetchRequest
 from manta.errors import Corrupt, Invalid, MantaError, Unavailable
-from manta.testing import netns
+from manta.testing import netns, scratch
 from manta.testing.hub import HubProcess, HubSpec, RepoSpec, Safetensors, Settings, Tensor, Text
 from manta.testing.hub.files import read_spec
 from manta.testing.hub.traffic import BlobTraffic

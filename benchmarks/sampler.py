@@ -193,6 +193,13 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
+def machine_times() -> tuple[float, float]:
+    """Seconds of all cores together since boot: idle, and all. Waiting for a disk is idle; what the host gave to others is not."""
+    with Path("/proc/stat").open() as lines:
+        user, nice, system, idle, iowait, irq, softirq, steal, *_ = map(int, lines.readline().split()[1:])
+    return (idle + iowait) / _TICKS, (user + nice + system + idle + iowait + irq + softirq + steal) / _TICKS
+
+
 def _machine_busy_s() -> float:
     """CPU seconds that all cores have worked since boot."""
     with Path("/proc/stat").open() as lines:

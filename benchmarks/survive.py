@@ -35,7 +35,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks import scratch, witnesses
+from benchmarks import witnesses
 from benchmarks.report import GIGABYTE, Chart, Goal, Report, Row, quantile, ratio
 from benchmarks.rig import (
     ANCHOR,
@@ -54,6 +54,7 @@ from benchmarks.rig import (
 from benchmarks.sampler import command_line, descendants, role
 from manta.control.protocol import GcRequest
 from manta.errors import MantaError, Unavailable
+from manta.testing import scratch
 
 SUMMARY = "four readers while daemon, workers and keeper are killed at random moments: errors, wrong bytes, stalls"
 PROGRAMS = ("ip", "tc", "nsenter", "fusermount3")

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "daemon": {
         "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry", "swarm.auth",
     },
-    "testing": {"errors", "model", "config", "cache", "wire", "fetch", "worker"},
+    "testing": {"errors", "model", "config", "cache", "wire", "fetch", "worker", "control.client"},
     "__main__": {"cli"},
 }  # fmt: skip
 """What each part of manta may import, besides itself and the version in `manta` itself."""

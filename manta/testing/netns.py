@@ -1,8 +1,9 @@
 """Network namespaces for tests and benchmarks, here and only here: a place for a process at the far end of a link of known rate.
 
-A namespace is joined to this one by a veth pair, and what is sent from inside it passes a token bucket (tc tbf). The hub runs inside
-and its readers outside, so the link limits the bytes that come and leaves requests alone. Used by `benchmarks` and by tests marked netns.
-Needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root), and ip, tc and nsenter; `obstacle` says what is missing.
+A namespace is joined to this one by a veth pair, and what is sent from inside it passes a token bucket (tc tbf). The hub runs inside and
+its readers outside, so the link limits the bytes that come and leaves requests alone. Used by `benchmarks` and by tests marked netns;
+`cluster_net` builds a switch with many links of the same parts. Needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root), and ip, tc and nsenter;
+`obstacle` says what is missing.
 
     with namespace(rate=GIGABIT) as far:
         server = far.popen([sys.executable, "-m", "http.server", "--bind", far.address])
@@ -50,6 +51,9 @@ QUEUE_S = 0.020
 """How long a packet may wait in front of the bucket before it is dropped: what a switch port of 1 Gbit/s buffers (2.5 MB). Measured with
 buckets of 32 to 256 KiB and queues of 8 to 33 ms, with bbr and with reno: one connection and eight got the same rate, 0.4 % spread."""
 
+DEVICE = "eth0"
+"""The one device of a namespace, besides loopback."""
+
 MTU = 1500
 SEGMENT_PAYLOAD = 1448
 SEGMENT_BYTES = 1514
@@ -62,7 +66,9 @@ END_TIMEOUT_S = 3
 
 _LOCK = Path("/run/manta-netns.lock")
 _NAMESPACES = Path("/run/netns")
-_NAME = re.compile(r"manta-(\d+)-(\d+)-(\d+)")
+_NAME = re.compile(r"manta-(\d+)-(\d+)-(\w+)")
+"""Owner's pid, its start time, and what it is: here the number of its subnet."""
+
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
 
@@ -82,15 +88,13 @@ def obstacle() -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A namespace that exists, and how processes get into it."""
+
     name: str
-    host_address: str
-    """This side's end of the link."""
     address: str
-    """The far end: what a server inside binds to and its clients outside connect to."""
-    rate: int
-    """Bits per second from inside to outside, frames included; 0 is no limit."""
+    """What a server inside binds to, and what others reach it at."""
     started: list[subprocess.Popen[bytes]] = field(default_factory=list, repr=False)
 
     def command(self, argv: Sequence[str]) -> list[str]:
@@ -114,23 +118,55 @@ class Namespace:
         self.started.append(process)
         return process
 
+    def end(self) -> None:
+        """Ends what runs inside and waits for our own children among it, so that they are no zombies."""
+        _end_processes(self.name)
+        for process in self.started:
+            process.terminate()  # one that was just started may not have entered it yet
+            process.wait(timeout=END_TIMEOUT_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Namespace(Place):
+    """A place at the far end of a link to this namespace."""
+
+    host_address: str
+    """This side's end of the link."""
+    rate: int
+    """Bits per second from inside to outside, frames included; 0 is no limit."""
+
 
 @contextmanager
 def namespace(rate: int = 0) -> Iterator[Namespace]:
     """A namespace behind a link of `rate` bits per second (0: unlimited), gone at the end. First sweeps what killed owners left."""
+    with ExitStack() as stack:
+        stack.enter_context(termination_unwinds())
+        with making():
+            subnet = _free_subnet(os.getpid())
+            name = owned_name(str(subnet))
+            stack.callback(remove, name)
+            made = _build(name, subnet, rate)
+        stack.callback(made.end)
+        yield made
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """The lock under which namespaces are made, here and by other processes; what killed owners left is swept first.
+
+    Raises Denied where none can be made.
+    """
     if reason := obstacle():
         raise Denied(reason)
-    with ExitStack() as stack:
-        stack.enter_context(_termination_unwinds())
-        with _LOCK.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            sweep()
-            subnet = _free_subnet(os.getpid())
-            name = f"manta-{os.getpid()}-{_start_time(os.getpid())}-{subnet}"
-            stack.callback(_remove, name, subnet)
-            made = _build(name, subnet, rate)
-        stack.callback(_wait, made)
-        yield made
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sweep()
+        yield
+
+
+def owned_name(what: str) -> str:
+    """The name of a namespace of this process. `what` tells it from the others: letters and digits."""
+    return f"manta-{os.getpid()}-{_start_time(os.getpid())}-{what}"
 
 
 def sweep() -> list[str]:
@@ -139,45 +175,49 @@ def sweep() -> list[str]:
     for name in _names():
         match = _NAME.fullmatch(name)
         if match and _start_time(int(match[1])) != int(match[2]):
-            _remove(name, int(match[3]))
+            remove(name)
             removed.append(name)
     return removed
 
 
 def _build(name: str, subnet: int, rate: int) -> Namespace:
     here, there = _addresses(subnet)
-    outer, inner = _interface(subnet), "eth0"
-    _run("ip", "netns", "add", name)
-    _run("ip", "link", "add", outer, "mtu", str(MTU), "type", "veth", "peer", "name", inner, "netns", name)
-    _run("ip", "address", "add", f"{here}/30", "dev", outer)
-    _run("ip", "link", "set", outer, "up")
-    _run("ip", "-n", name, "address", "add", f"{there}/30", "dev", inner)
-    _run("ip", "-n", name, "link", "set", inner, "mtu", str(MTU), "up")
-    _run("ip", "-n", name, "link", "set", "lo", "up")
+    outer = f"manta{subnet}"
+    run("ip", "netns", "add", name)
+    run("ip", "link", "add", outer, "mtu", str(MTU), "type", "veth", "peer", "name", DEVICE, "netns", name)
+    run("ip", "address", "add", f"{here}/30", "dev", outer)
+    run("ip", "link", "set", outer, "up")
+    connect(name, f"{there}/30")
+    limit(name, DEVICE, rate)
+    return Namespace(name=name, address=str(there), host_address=str(here), rate=rate)
+
+
+def connect(name: str, address: str) -> None:
+    """Gives the namespace's end of its link an address (with prefix length) and takes it and loopback up."""
+    run("ip", "-n", name, "address", "add", address, "dev", DEVICE)
+    run("ip", "-n", name, "link", "set", DEVICE, "mtu", str(MTU), "up")
+    run("ip", "-n", name, "link", "set", "lo", "up")
+
+
+def limit(name: str, device: str, rate: int) -> None:
+    """What the namespace sends by `device` goes at `rate` bits per second from now on; 0: without limit."""
     if rate:
         bucket = ["rate", f"{rate}bit", "burst", str(BURST_BYTES), "latency", f"{QUEUE_S * 1000:g}ms"]
-        _run("tc", "-n", name, "qdisc", "add", "dev", inner, "root", "tbf", *bucket)
-    return Namespace(name, str(here), str(there), rate)
+        run("tc", "-n", name, "qdisc", "replace", "dev", device, "root", "tbf", *bucket)
+    else:
+        run("tc", "-n", name, "qdisc", "delete", "dev", device, "root", check=False)  # there may be none
 
 
-def _wait(made: Namespace) -> None:
-    """Ends what runs in the namespace and waits for our own children among it, so that they are no zombies."""
-    _end_processes(made.name)
-    for process in made.started:
-        process.terminate()  # one that was just started may not have entered it yet
-        process.wait(timeout=END_TIMEOUT_S)
-
-
-def _remove(name: str, subnet: int) -> None:
+def remove(name: str) -> None:
     """Takes everything of `name` away, whatever of it exists. Signals wait until it is done: half a removal is a leak."""
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         _end_processes(name)
-        # The link by name: deleting a namespace frees its devices only once its last socket is gone, some time later.
-        _run("ip", "link", "delete", _interface(subnet), check=False)
         if name in _names():
-            _run("ip", "netns", "delete", name)
+            # The link by itself: deleting a namespace frees its devices only once its last socket is gone, some time later.
+            run("ip", "-n", name, "link", "delete", DEVICE, check=False)
+            run("ip", "netns", "delete", name)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -198,7 +238,7 @@ def _pids(name: str) -> list[int]:
     """Processes inside that still run. A zombie has no namespace any more, so one that nobody waited for is not counted."""
     if name not in _names():
         return []
-    return [int(pid) for pid in _run("ip", "netns", "pids", name, check=False).split()]
+    return [int(pid) for pid in run("ip", "netns", "pids", name, check=False).split()]
 
 
 def _signal(pid: int, signum: int) -> None:
@@ -215,10 +255,6 @@ def _names() -> list[str]:
         return []
 
 
-def _interface(subnet: int) -> str:
-    return f"manta{subnet}"
-
-
 def _addresses(subnet: int) -> tuple[IPv4Address, IPv4Address]:
     base = IPv4Address(int(SUBNETS.network_address) + 4 * subnet)
     return base + 1, base + 2
@@ -228,10 +264,10 @@ def _free_subnet(first: int) -> int:
     """The next subnet from `first` on that no interface here uses, whoever made it. The caller holds the lock."""
     taken = {
         (int(address) - int(SUBNETS.network_address)) // 4
-        for text in re.findall(r"inet (\d+\.\d+\.\d+\.\d+)", _run("ip", "-4", "-o", "address"))
+        for text in re.findall(r"inet (\d+\.\d+\.\d+\.\d+)", run("ip", "-4", "-o", "address"))
         if (address := IPv4Address(text)) in SUBNETS
     }
-    named = {int(match[3]) for name in _names() if (match := _NAME.fullmatch(name))}
+    named = {int(match[3]) for name in _names() if (match := _NAME.fullmatch(name)) and match[3].isdigit()}
     for offset in range(SUBNET_COUNT):
         subnet = (first + offset) % SUBNET_COUNT
         if subnet not in taken | named:
@@ -255,7 +291,7 @@ def _status_field(name: str) -> str:
     raise MantaError(f"/proc/self/status has no {name}")
 
 
-def _run(*argv: str, check: bool = True) -> str:
+def run(*argv: str, check: bool = True) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     if check and done.returncode:
         raise MantaError(f"{' '.join(argv)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
@@ -263,7 +299,7 @@ def _run(*argv: str, check: bool = True) -> str:
 
 
 @contextmanager
-def _termination_unwinds() -> Iterator[None]:
+def termination_unwinds() -> Iterator[None]:
     """SIGTERM and SIGHUP end this process by SystemExit, so that the `with` blocks end, unless the program handles them itself."""
     signals = [signum for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as main_module
-from benchmarks import load, loopback, metadata, rig, scratch, warm
-from manta.testing import netns
+from benchmarks import load, loopback, metadata, rig, warm
+from manta.testing import netns, scratch
 
 OBSTACLE = netns.obstacle() or ("" if Path("/dev/fuse").exists() else "there is no /dev/fuse")
 

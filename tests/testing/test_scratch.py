@@ -1,4 +1,4 @@
-"""benchmarks.scratch: a run's folder goes with everything that hangs on it, also when its owner was killed or its mount is wedged."""
+"""manta.testing.scratch: a run's folder goes with everything that hangs on it, also when its owner was killed or its mount is wedged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, scratch
+from manta.testing import scratch
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
@@ -89,8 +89,8 @@ def test_processes_that_start_each_other_anew_are_ended(tmp_path: Path, monkeypa
 
 
 def test_only_folders_of_dead_owners_are_swept(tmp_path: Path) -> None:
-    alive = tmp_path / f"manta-bench-{os.getpid()}-{scratch.start_time(os.getpid())}-abc"
-    dead = tmp_path / f"manta-bench-{os.getpid()}-1-abc"  # the pid lives, but started at another time
+    alive = tmp_path / f"manta-scratch-{os.getpid()}-{scratch.start_time(os.getpid())}-abc"
+    dead = tmp_path / f"manta-scratch-{os.getpid()}-1-abc"  # the pid lives, but started at another time
     other = tmp_path / "somebody's"
     for folder in (alive, dead, other):
         folder.mkdir()
@@ -103,15 +103,13 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     code = f"""
 import subprocess, sys, time
 from pathlib import Path
-from benchmarks import scratch
+from manta.testing import scratch
 with scratch.scratch(Path({str(tmp_path)!r})) as folder:
     (folder / "file").write_text("")
     print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
     time.sleep(60)
 """
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=machine.__file__.rpartition("/benchmarks/")[0]
-    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert owner.stdout
     with owner.stdout as lines:
         orphan = int(lines.readline())
@@ -130,7 +128,7 @@ def test_mounts_below_it_are_unmounted(tmp_path: Path) -> None:
             (folder / name).mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "none", str(folder / name)], check=True)
         assert scratch.mounts(folder) == [folder / "one", folder / "two with a blank"]
-        assert machine.filesystem(folder / "one") == "tmpfs"
+        assert [kind for point, _, kind in scratch.mountinfo() if point == folder / "one"] == ["tmpfs"]
         assert scratch.fuse_devices(folder) == set()
     assert scratch.mounts(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

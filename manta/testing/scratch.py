@@ -1,9 +1,10 @@
-"""A run's one folder, and how it and all that hangs on it go away, here and only here: mounts, processes, files. Used by `benchmarks.rig`.
+"""A run's one folder, and how it and all that hangs on it go away, here and only here: mounts, processes, files.
 
 Everything a run makes lies below its folder, and every process it starts has the folder's path in its environment (`MARKER`), which
 daemons and workers inherit. So leftovers are found by that path alone, also those of a run that was killed: the folder's name carries its
 owner's pid and start time, and the next run sweeps the folders of dead owners. A mount that does not answer any more is aborted through
-/sys/fs/fuse, which frees its readers; nothing here touches a path below a mount before.
+/sys/fs/fuse, which frees its readers; nothing here touches a path below a mount before. Used by `manta.testing.cluster` and
+`benchmarks.rig`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MARKER = "BENCHMARK_SCRATCH"
+MARKER = "TESTING_SCRATCH"
+"""Not MANTA_: those are settings, which whoever starts a daemon may leave out of its environment."""
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 END_TIMEOUT_S = 5
@@ -31,7 +33,7 @@ END_ROUNDS = 3
 
 UMOUNT_TIMEOUT_S = 10
 
-_NAME = re.compile(r"manta-bench-(\d+)-(\d+)-\w+")
+_NAME = re.compile(r"manta-scratch-(\d+)-(\d+)-\w+")
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
@@ -40,7 +42,7 @@ def scratch(base: Path) -> Iterator[Path]:
     """A fresh folder below `base`. At the end, however it comes, nothing of it is left. First sweeps what killed runs left in `base`."""
     base.mkdir(parents=True, exist_ok=True)
     sweep(base)
-    prefix = f"manta-bench-{os.getpid()}-{start_time(os.getpid())}-"
+    prefix = f"manta-scratch-{os.getpid()}-{start_time(os.getpid())}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base)).resolve()
     os.environ[MARKER] = str(folder)  # for every process that is started from here on
     try:
@@ -69,13 +71,17 @@ def remove(folder: Path) -> None:
             abort(device)
         for _ in range(END_ROUNDS):
             end(processes(folder))
-        for point in reversed(mounts(folder)):
-            # Lazily: an aborted mount has no daemon to wait for, and a busy one would keep the folder.
-            _run("umount", "--lazy", str(point))
+        detach(folder)
         if not mounts(folder):  # else rmtree would walk into whatever is still mounted
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def detach(folder: Path) -> None:
+    """Unmounts all below `folder`, lazily: a dead mount has no daemon to wait for, and a busy one would keep the folder."""
+    for point in reversed(mounts(folder)):
+        _run("umount", "--lazy", str(point))
 
 
 def mounts(folder: Path) -> list[Path]:
@@ -110,7 +116,12 @@ def _run(*command: str) -> None:
 
 def processes(folder: Path) -> list[int]:
     """The processes that have `folder` in their environment, this one never."""
-    entry = f"{MARKER}={folder}".encode()
+    return processes_with(MARKER, str(folder))
+
+
+def processes_with(variable: str, value: str) -> list[int]:
+    """The processes that have this variable in their environment as it was when they were started; this one never."""
+    entry = f"{variable}={value}".encode()
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         pid = int(environ.parent.name)

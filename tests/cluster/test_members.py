@@ -1,0 +1,77 @@
+"""Members that vanish, are cut off or hold another key: the others go on, and a node that is alone works by itself."""
+
+from __future__ import annotations
+
+from manta.testing.cluster import Cluster, Node, set_key
+from tests.cluster.conftest import copies
+
+STRANGE_KEY = "the key of another cluster altogether"
+
+
+def test_a_member_that_is_killed_while_all_read_costs_nobody_an_error(
+    cluster: Cluster, nodes: list[Node], repo: str
+) -> None:
+    directories = [node.mount(repo) for node in nodes]
+    survivors = nodes[:3]
+    readings = [cluster.reading(node, repo, at) for node, at in zip(survivors, directories, strict=False)]
+    try:
+        for reading in readings:
+            reading.go()
+        cluster.hub.wait_for(2, origin="cdn", kind="blob", repo=repo)
+        nodes[3].kill()
+        for node, reading in zip(survivors, readings, strict=True):
+            cluster.check(repo, reading.result(60), node)
+    finally:
+        for reading in readings:
+            reading.close()
+    assert copies(cluster, repo) < 2
+    # With what it has and what the others have, it needs nothing more when it is back.
+    cluster.hub.reset(content=False)
+    nodes[3].start()
+    cluster.read(nodes[3:], repo)
+    cluster.await_quiet()
+    assert cluster.origin_bytes(repo) == 0
+
+
+def test_the_others_read_on_while_a_member_is_cut_off_and_it_when_it_is_back(
+    cluster: Cluster, nodes: list[Node], repo: str
+) -> None:
+    lonely = cluster.net.nodes[0]
+    directories = [node.mount(repo) for node in nodes]
+    readings = [cluster.reading(node, repo, at) for node, at in zip(nodes, directories, strict=True)]
+    try:
+        for reading in readings:
+            reading.go()
+        cluster.hub.wait_for(2, origin="cdn", kind="blob", repo=repo)
+        cluster.net.cut(lonely)
+        for node, reading in zip(nodes[1:], readings[1:], strict=True):
+            cluster.check(repo, reading.result(60), node)
+        cluster.net.mend(lonely)
+        cluster.check(repo, readings[0].result(60), nodes[0])
+    finally:
+        for reading in readings:
+            reading.close()
+    assert copies(cluster, repo) < 2
+
+
+def test_a_node_with_another_key_is_left_alone_and_works_by_itself(
+    cluster: Cluster, nodes: list[Node], repo: str
+) -> None:
+    stranger = nodes[0]
+    stranger.stop()
+    set_key(stranger, STRANGE_KEY)
+    stranger.start()
+    cluster.read(nodes[1:], repo)
+    assert 1.0 <= copies(cluster, repo) <= 1.1
+    cluster.hub.reset(content=False)
+    # Nobody gives it anything, though all have everything: the origin does.
+    cluster.read([stranger], repo)
+    assert 1.0 <= copies(cluster, repo) <= 1.1
+    # And nobody takes anything from it.
+    cluster.hub.reset(content=False)
+    for node in nodes[1:]:
+        node.kill()
+        node.empty()
+        node.start()
+    cluster.read(nodes[1:], repo)
+    assert 1.0 <= copies(cluster, repo) <= 1.1
