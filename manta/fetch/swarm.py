@@ -343,7 +343,7 @@ class Swarm:
                 log.info("node %s at %s is %s%s", member.node or "unknown", member.address, member.state, said)
         self.choice.set_members(m.node for m in members if m.node and m.state in {"up", "suspect"})
         self.choice.set_suspect(m.node for m in members if m.state == "suspect")
-        if not any(m.state == "suspect" and not m.node for m in members):  # each has been greeted
+        if all(member.asked for member in members):
             self._join()
         self._listener.members_changed()
 

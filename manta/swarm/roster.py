@@ -271,7 +271,19 @@ class Roster:
         """All of them, in the order of their ids; addresses where no node answered yet come first."""
         shown = [*self._in_use(), *(contact for contact in self._contacts.values() if not contact.node)]
         shown.sort(key=lambda contact: (contact.node, contact.address))
-        return [Member(c.node, c.address, c.state, c.since + self._epoch, c.rtt_s, c.version, c.problem) for c in shown]
+        return [
+            Member(
+                c.node,
+                c.address,
+                c.state,
+                c.since + self._epoch,
+                c.rtt_s,
+                c.version,
+                c.problem,
+                bool(c.node or c.failures),
+            )
+            for c in shown
+        ]
 
     def up(self) -> dict[str, str]:
         """The addresses of the members that are up, by node."""

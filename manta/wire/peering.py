@@ -103,6 +103,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     version: str = ""
     problem: str = ""
     """A sentence, where it is not up."""
+    asked: bool = True
+    """It was greeted, whatever came of it."""
 
 
 class Members(Message, frozen=True, tag="members"):

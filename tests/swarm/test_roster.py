@@ -44,7 +44,7 @@ def shown(roster: Roster) -> list[tuple[str, str, str]]:
 def test_an_address_is_shown_before_it_has_answered_and_belongs_to_who_answers() -> None:
     roster = Roster(ME, epoch=1000.0)
     roster.found(frozenset({ONE}), 5.0)
-    assert roster.members() == [Member("", ONE, "suspect", 1005.0, 0.0, "", f"{ONE} was not asked yet.")]
+    assert roster.members() == [Member("", ONE, "suspect", 1005.0, 0.0, "", f"{ONE} was not asked yet.", False)]
     assert roster.greet(5.0) == [ONE]
     roster.welcomed(ONE, A, "1.0", 0.002, 6.0)
     assert roster.members() == [Member(A, ONE, "up", 1006.0, 0.002, "1.0", "")]
