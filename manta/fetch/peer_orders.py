@@ -103,10 +103,12 @@ class PeerOrders:
         return self._peers.choice.anybody_has(str(blob))
 
     def may_give(self, transfer: Transfer, chunks: list[int]) -> bool:
-        """Whether any of `chunks` is coming from a member, or one is believed to have it."""
+        """Whether one is believed to have any of `chunks`, or is asked to fetch it before any other has failed to."""
+        blob, now, choice = str(transfer.blob.id), trio.current_time(), self._peers.choice
         coming = {flight.want.chunk for flight in self.flights if flight.transfer is transfer}
-        blob = str(transfer.blob.id)
-        return any(chunk in coming or self._peers.choice.holders(blob, chunk) for chunk in chunks)
+        return any(
+            choice.holders(blob, chunk) or (chunk in coming and not choice.in_vain(blob, chunk, now)) for chunk in chunks
+        )
 
     def leave_to_origin(self, blob: BlobId, chunk: int) -> bool:
         """Whether a reader's chunk would have to come from the origin."""

@@ -172,6 +172,11 @@ class Choice:
         """Whether any member is believed to have any of it."""
         return any(any(have) for have in self._have.get(blob, {}).values())
 
+    def in_vain(self, blob: str, chunk: int, now: float) -> bool:
+        """Whether a member was asked for the chunk a moment ago and could not fetch it."""
+        hints = self._hints.get((blob, chunk))
+        return hints is not None and any(until > now for until in hints.not_before.values())
+
     def settled(self, blob: str, now: float) -> bool:
         """Whether it is known by now who has what of `blob`, as far as it will be."""
         since = self._followed.get(blob)

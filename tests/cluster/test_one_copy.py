@@ -44,8 +44,9 @@ def test_what_several_have_in_parts_all_can_read_while_the_origin_is_gone(
     cluster: Cluster, nodes: list[Node], repo: str
 ) -> None:
     directories = [node.mount(repo) for node in nodes]
-    for node, directory, name in zip(nodes, directories, ("model-1", "model-2"), strict=False):
-        with cluster.reading(node, repo, directory, f"{name}.safetensors") as reading:
+    files = ("config.json", "model-1.safetensors", "model-2.safetensors")
+    for node, directory, name in zip(nodes, directories, files, strict=False):
+        with cluster.reading(node, repo, directory, name) as reading:
             reading.go()
             assert reading.result(60).error == ""
     cluster.await_quiet()
