@@ -49,8 +49,8 @@ TO_DESCRIPTOR_BYTES_MAX = 256 * 1024 * 1024
 KEPT_SECONDS = 6.0
 """An idle connection is kept from one hello to the next. Of thousands of members most are greeted less often, and have none."""
 
-CONNECTIONS_MAX = 256
-"""Greetings, polls and calls under way are fewer, see `manta.swarm.members`: nobody waits for one."""
+CONNECTIONS_MAX = 512
+"""Greetings (60), a round's questions (16) and calls (256, `manta.swarm.service`) under way are fewer: nobody waits for one."""
 
 ADDRESS_SECONDS = 10
 """How long a name's address is used again. Static members may be named."""
@@ -300,4 +300,7 @@ def _cause(error: Exception) -> str:
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error.__cause__ or error
     if isinstance(cause, ssl.SSLCertVerificationError):
         return cause.verify_message
-    return (cause.strerror if isinstance(cause, OSError) else None) or type(cause).__name__
+    if isinstance(cause, ssl.SSLError):
+        return cause.reason or type(cause).__name__
+    # asyncio writes the address into strerror, which is in the sentence already.
+    return os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else type(cause).__name__

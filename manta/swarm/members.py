@@ -31,9 +31,6 @@ from manta.wire.peering import (
 )
 
 MEMBERS_PER_MESSAGE = 256
-CALLS_MAX = 64
-"""Calls under way. The daemon has fewer; more are answered at once that there is no room."""
-
 ASKED = frozenset({"resolve", "tree", "location", "report"})
 
 
@@ -65,7 +62,6 @@ class Membership:
         self._roster = Roster(settings.node, epoch=time.time() - time.monotonic())
         self._presences = Presences(settings.node)
         self._polling: set[str] = set()
-        self._calls = 0
         self._troubles: dict[str, str] = {}
         self._told = -1
         self._due = asyncio.Event()
@@ -117,15 +113,13 @@ class Membership:
         return self._roster.is_member(node)
 
     async def call(self, call: Call, fd: int | None) -> Called:
-        """Asks one member; `fd` stays the caller's. Whatever goes wrong is in the answer: status 0 and a sentence."""
+        """Asks one member; `fd` stays the caller's, who also bounds the calls under way. Whatever goes wrong is in the answer: status 0
+        and a sentence."""
         address = self._roster.address_of(call.node)
         if self._client is None or address is None:
             return Called(call.order, 0, problem=f"{call.node} is no member.")
         if call.what not in ASKED:
             return Called(call.order, 0, problem=f"A member cannot be asked for {call.what!r}.")
-        if self._calls >= CALLS_MAX:
-            return Called(call.order, 0, problem=f"{CALLS_MAX} questions to members are under way; ask again.")
-        self._calls += 1
         try:
             answered = await self._client.ask(address, call.node, call.what, call.body, call.deadline_s, fd)
         except MantaError as error:
@@ -136,8 +130,6 @@ class Membership:
             else:
                 self._went_wrong(address, error)
             return Called(call.order, 0, problem=error.message)
-        finally:
-            self._calls -= 1
         self._roster.answered(address, call.node, None, time.monotonic())
         if len(answered.body) > BODY_BYTES_MAX:
             problem = f"{address} answered with {len(answered.body)} bytes, for which there is no descriptor."

@@ -31,6 +31,11 @@ GREETS_AT_ONCE = 10
 DOWN_AFTER = 3
 BACKOFF_SECONDS_MIN = 1.0
 BACKOFF_SECONDS_MAX = 30.0
+
+FIRST_TRIES_SHORTER = 4.0
+"""By what an address is tried sooner before it is down for the first time, after 0.25 s and 0.5 s: nodes that start together find each
+other by then, and a node that starts need not wait long to hear who is not there."""
+
 FORGIVE_SECONDS = 60.0
 
 OWN_SECONDS = 60.0
@@ -208,7 +213,10 @@ class Roster:
             return
         contact.failures += 1
         state: MemberState = "suspect" if contact.failures < DOWN_AFTER else "down"
-        self._worse(contact, state, problem, now, backoff_s(self.me, address, contact.failures))
+        wait_s = backoff_s(self.me, address, contact.failures)
+        if not contact.node and state == "suspect":
+            wait_s /= FIRST_TRIES_SHORTER
+        self._worse(contact, state, problem, now, wait_s)
 
     def refused(self, address: str, problem: str, now: float) -> None:
         """It does not take our requests, or what it answers cannot be taken. `problem` is a sentence."""

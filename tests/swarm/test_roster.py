@@ -90,6 +90,22 @@ def test_a_failure_is_followed_by_another_try_with_a_growing_pause() -> None:
     assert roster.greet(101.3) == [ONE]
 
 
+def test_an_address_that_never_answered_is_down_soon() -> None:
+    """Nodes that start together find each other within a second, and one that starts knows by then who is not there."""
+    roster = Roster(ME)
+    roster.found(frozenset({ONE}), 0.0)
+    now, tries = 0.0, list[float]()
+    while now < 10.0:
+        if roster.greet(now):
+            tries.append(now)
+            roster.failed(ONE, "It does not answer.", now)
+        now += 0.01
+    assert tries[2] < 1.0
+    assert roster.members()[0].since == tries[2]
+    assert shown(roster) == [("", ONE, "down")]
+    assert tries[3] - tries[2] > 2.9
+
+
 def test_a_node_whose_address_changed_has_the_new_one() -> None:
     roster = with_members((ONE, A))
     roster.found(frozenset({TWO}), 10.0)
