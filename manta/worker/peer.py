@@ -135,6 +135,8 @@ class _Pulling:
             target = protocol.chunk_target(parse_blob_id(order.blob), order.blob_size, order.chunk, pull)
             scheme = "https" if order.tls_authorities else "http"
             self._url = URL(f"{scheme}://{order.address}{target}", encoded=True)
+            if not self._url.raw_host or not self._url.explicit_port or self._url.raw_path_qs != target:
+                raise ValueError
         except (Invalid, ValueError) as e:
             raise OrderFailed("unavailable", f"{order.address} cannot be asked: that is no address, or no chunk") from e
         self.announced: bytes | None = None
