@@ -561,7 +561,7 @@ class Daemon:
             reads_waiting=self._telemetry.waiting(),
             hub_throttles=self._hub.throttles,
             quotas=[QuotaLeft(q.kind, q.remaining, q.limit) for q in self._hub.quotas.values()],
-            workers=self._workers.processes,
+            workers=[*self._workers.processes, *(self._swarm.processes if self._swarm is not None else ())],
             swarm=self._peer_view.for_metrics(),
         )
         return Answer(200, CONTENT_TYPE, self._telemetry.metrics.rendered(state))

@@ -107,7 +107,7 @@ class Source(msgspec.Struct, frozen=True):
     """A host that bytes or answers about files come from."""
 
     origin: str
-    """Scheme, host and port."""
+    """Scheme, host and port; HOST:PORT of a node."""
     rate: float
     bytes: int
     """Since the daemon began to ask it."""

@@ -238,6 +238,7 @@ class PeerOrders:
             choice.end(flight.node)
         else:
             choice.failed(flight.node, now)
+            flight.told.blamed()
             transfer.trouble = failure.message
             if failure.reason == "corrupt":
                 choice.lied(flight.node, now)

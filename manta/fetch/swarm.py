@@ -33,6 +33,7 @@ from manta.model.ids import BlobId
 from manta.swarm.choice import Choice
 from manta.swarm.ownership import owner
 from manta.swarm.protocol import (
+    ANSWER_BYTES_MAX,
     Exchange,
     LocationRequest,
     Refusal,
@@ -407,10 +408,18 @@ class Swarm:
 
     async def ask_report(self, node: str) -> Report:
         """What `node` has done. Raises Unavailable, and Invalid for an answer that is none."""
-        answer = await self.call(node, "report", b"", fd=None)
-        if answer.status != 200:
-            raise Unavailable(f"Node {node} answered {answer.status} when it was asked what it has done.")
-        return decode(answer.body, Report)
+        # Of a node with many models it is larger than a message.
+        fd = os.memfd_create("manta-report", os.MFD_CLOEXEC)
+        try:
+            answer = await self.call(node, "report", b"", fd=fd)
+            size = os.fstat(fd).st_size
+            if answer.status != 200 or size > ANSWER_BYTES_MAX:
+                raise Unavailable(
+                    f"Node {node} answered {answer.status} and {size} bytes when it was asked what it has done."
+                )
+            return decode(answer.body or os.pread(fd, size, 0), Report)
+        finally:
+            os.close(fd)
 
     def owner(self, key: str) -> str | None:
         """The member who asks the hub about `key` for all; None where that is this node."""

@@ -117,6 +117,7 @@ class PeerView:
     # What this node knows --------------------------------------------------------------------------------------------
 
     def here(self) -> Peers:
+        """Without asking anybody."""
         state = self._state
         if state is None:
             return Peers(enabled=False)

@@ -23,6 +23,7 @@ from manta.fetch.sources import Provenance
 from manta.fetch.swarm import Answer, Swarm
 from manta.hub.catalog import Catalog
 from manta.hub.origin import Access
+from manta.model.extents import ChunkGrid
 from manta.model.ids import BlobId, Commit, RepoId, RepoKind, is_commit, parse_blob_id, parse_revision
 from manta.model.snapshot import FileEntry, Snapshot
 from manta.swarm.protocol import (
@@ -100,7 +101,7 @@ class Sharing:
             case "location":
                 return await self._location(decode(asked.body, LocationRequest))
             case "report":
-                return Answer(200, encode(self.report()))
+                return Answer(200, b"", _in_memory(encode(self.report())))
             case "public":
                 return await self._public(asked.body.decode("ascii", "replace"))
             case "page":
@@ -226,6 +227,7 @@ class Sharing:
             from_origin=ledger.from_origin,
             from_peers=ledger.from_peers,
             to_peers=ledger.to_peers,
+            origin_rate=self._fetcher.origin_meter.rate(trio.current_time()),
             blobs=blobs,
             exchanges=swarm.exchanges(),
             slots=swarm.slots,
@@ -239,12 +241,15 @@ class Sharing:
             blob = parse_blob_id(name)
             if (info := self._store.find(blob)) is None:
                 return b""
-            held = self._store.open_blob(blob, info.size)
+            chunks = len(ChunkGrid(info.size))
+            if info.sealed:  # most are, and looking at each chunk would take 60 ms for 512 blobs
+                return ((1 << chunks) - 1).to_bytes(-(-chunks // 8), "little")
+            held = self._store.open_blob(blob, info.size, use=False)
         except MantaError:
             return b""
         try:
-            have = bytearray((len(held.grid) + 7) // 8)
-            for chunk in range(len(held.grid)):
+            have = bytearray((chunks + 7) // 8)
+            for chunk in range(chunks):
                 if held.has(chunk):
                     have[chunk >> 3] |= 1 << (chunk & 7)
             return bytes(have)

@@ -46,6 +46,10 @@ FILES_MAX = 256
 """Files whose rate is followed: more than can have an order under way (fetch.connections, at most 64, and as many for readers)."""
 
 
+GIVEN_SECONDS = 1.0
+"""How often the peer process says what it gave (`manta.wire.peering.Uploaded`)."""
+
+
 class Opener(NamedTuple):
     """Who opened a file. The kernel names the process at open; the library that brings its requests does not name it at read."""
 
@@ -74,12 +78,12 @@ class Source:
 
 @dataclass(eq=False, slots=True)
 class PeerSource(Source):
-    """Another node: `meter` is what came from it, `given` what went to it. `origin` is "" while it has only taken."""
+    """Another node: `meter` is what came from it, `given` what went to it. `origin` is its HOST:PORT, "" while it has only taken."""
 
     node: str = ""
     chunks: int = 0
     """That came from it, whole and right."""
-    given: Meter = field(default_factory=Meter)
+    given: Meter = field(default_factory=lambda: Meter(GIVEN_SECONDS))
     given_chunks: int = 0
 
 
@@ -244,13 +248,16 @@ class Order:
             metrics.fetches.labels(failure.reason).inc()
             if retry:
                 metrics.retries.labels(failure.reason).inc()
-        # A node that has no slot, or whose own fetch from the origin failed, is well.
-        if failure.reason not in {"cancelled", "busy"} and not failure.behind:
+        if failure.reason != "cancelled" and self._peer is None:
             self._source.failures += 1
         self._tell(
             logging.INFO, "order failed: %s", failure.message, reason=failure.reason, status=failure.status, bytes=self._came,
             attempt=attempt, verdict=f"again in {pause_s:g} s" if retry else "given up",
         )  # fmt: skip
+
+    def blamed(self) -> None:
+        """It failed, and for that the node is to blame that was asked: not where it was busy, did not have it, or was not waited for."""
+        self._source.failures += 1
 
     def hedged(self, number: int, worker: int, after_s: float) -> None:
         """The bytes that had not come after `after_s` were asked for on another connection too, as order `number`."""
@@ -338,8 +345,8 @@ class Telemetry:
         return Question(self, blob, file, origin)
 
     def order(self, blob: BlobId, file: str, chunk: int, priority: str, origin: str, node: str = "") -> Order:
-        """An order for bytes of `chunk` at `origin` (scheme, host, port) is about to be given: that of another node where `node` names
-        one."""
+        """An order for bytes of `chunk` at `origin` (scheme, host, port) is about to be given; or at another node, where `node` is its id
+        and `origin` its HOST:PORT."""
         return Order(self, blob, file, chunk, priority, origin, node)
 
     def given(self, node: str, count: int, chunks: int) -> None:

@@ -11,10 +11,11 @@ _SLOT_SECONDS = 0.1
 
 
 class Meter:
-    """Counts bytes; `now` must not go backwards."""
+    """Counts bytes; `now` must not go backwards. `lump_s` is how many seconds what one `add` counts has taken, where that is long."""
 
-    def __init__(self) -> None:
+    def __init__(self, lump_s: float = 0.0) -> None:
         self.total = 0
+        self._lump_s = lump_s
         self._slots: deque[tuple[float, int]] = deque()  # (start of slot, bytes), at most WINDOW / SLOT of them
 
     def add(self, count: int, now: float) -> None:
@@ -31,7 +32,7 @@ class Meter:
         self._expire(now)
         if not self._slots:
             return 0.0
-        return sum(count for _, count in self._slots) / max(now - self._slots[0][0], _SLOT_SECONDS)
+        return sum(count for _, count in self._slots) / max(now - self._slots[0][0] + self._lump_s, _SLOT_SECONDS)
 
     def _expire(self, now: float) -> None:
         while self._slots and now - self._slots[0][0] > WINDOW_SECONDS:

@@ -50,7 +50,7 @@ ERRORS = tuple(
     kind.code
     for kind in (Absent, Denied, Unavailable, Throttled, Corrupt, NoSpace, CacheBroken, InUse, Invalid, MantaError)
 )
-ROLES = ("fetch", "digest")
+ROLES = ("fetch", "digest", "peer")
 REASONS: tuple[str, ...] = get_args(Reason)
 ORIGIN_REASONS = tuple(reason for reason in REASONS if reason != "busy")
 MEMBER_STATES: tuple[str, ...] = get_args(MemberState)

@@ -80,7 +80,7 @@ def test_what_needs_a_look_stands_out() -> None:
 
 def test_other_nodes_are_sources_too_and_one_that_is_gone_stands_out() -> None:
     swarm = Swarm("0" * 16, "10.0.0.1:9402", 7, 7, 1.5e6, 2.5e6, 3_000_000, 4_000_000, 8, 2)
-    sources = [Source("http://10.0.0.2:9402", 1.5e6, 3_000_000, 4, 0, 0.0, "0123456789abcdef")]
+    sources = [Source("10.0.0.2:9402", 1.5e6, 3_000_000, 4, 0, 0.0, "0123456789abcdef")]
     shown = text(status(swarm=swarm, sources=sources))
     assert (
         "peers     7 of 7 up, 1.5 MB/s from them, 2.5 MB/s to them on 2 of 8 slots, 3.0 MB and 4.0 MB in all" in shown

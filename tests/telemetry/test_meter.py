@@ -45,3 +45,11 @@ def test_memory_is_bounded() -> None:
         total += count
         assert len(meter._slots) <= 32
     assert meter.total == total
+
+
+def test_what_is_told_once_a_second_has_taken_a_second() -> None:
+    meter = Meter(lump_s=1.0)
+    meter.add(500, 10.0)
+    assert meter.rate(10.0) == 500
+    meter.add(500, 11.0)
+    assert meter.rate(11.0) == 500
