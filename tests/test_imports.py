@@ -27,13 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"errors", "model"},
     "hub": {"errors", "model", "config", "swarm.protocol"},
     # What nodes say to each other and by which rules; and the process that says it, which reads the cache's files and never writes them.
-    "swarm": {"errors", "model", "wire", "cache.chunkmap", "cache.digests", "cache.incarnation", "cache.layout", "config"},
+    "swarm": {"errors", "model", "wire", "cache.chunkmap", "cache.incarnation", "cache.layout", "config"},
     # What the daemon tells about itself: called by the data path, knows nothing of it.
     "telemetry": {"errors", "model", "wire"},
     # The data path, each on the one before. Of the hub it knows the values; who asks the hub is the daemon.
     "fetch": {
         "errors", "model", "config", "cache", "wire", "hub.circuit", "hub.origin", "hub.quota", "telemetry", "swarm.choice",
-        "swarm.ownership", "swarm.protocol", "swarm.auth",
+        "swarm.ownership", "swarm.protocol",
     },
     "fs": {"errors", "model", "fetch", "hub.origin", "telemetry"},
     "fuse": {"errors", "config", "fs", "control.binding"},
@@ -42,13 +42,13 @@ ALLOWED: dict[str, set[str]] = {
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
     "operations": {
         "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "keeper", "telemetry",
-        "wire.messages", "wire.peering", "swarm.auth", "swarm.ownership", "swarm.protocol",
+        "wire.messages", "wire.peering", "swarm.protocol",
     },
     "control": {"errors", "model", "config", "keeper"},
     "cli": {"errors", "model", "config", "control", "keeper"},
     # The composition root, the fakes, and `python -m manta`.
     "daemon": {
-        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry", "swarm.auth",
+        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry", "swarm.auth", "swarm.keys",
     },
     "testing": {"errors", "model", "config", "cache", "wire", "fetch", "worker", "control.client"},
     "__main__": {"cli"},
