@@ -6,6 +6,7 @@ What it shows the daemon says (page.json); the page itself is `manta.swarm.docum
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -58,7 +59,13 @@ class Page:
             answered = await self._questions.ask("", "page", target.encode(), DATA_SECONDS_MAX)
         except Unavailable as error:
             return _text(503, f"{error.message}\n")
-        return web.Response(status=answered.status, body=answered.body, headers={**SERVER, **JSON_HEADERS})
+        try:
+            body = answered.body if answered.file is None else os.pread(answered.file, answered.file_bytes, 0)
+        except (OSError, Unavailable):
+            return _text(503, "The daemon's answer could not be read.\n")
+        finally:
+            answered.close()
+        return web.Response(status=answered.status, body=body, headers={**SERVER, **JSON_HEADERS})
 
 
 def _text(status: int, text: str) -> web.Response:
@@ -69,9 +76,8 @@ def _text(status: int, text: str) -> web.Response:
 def _from_here(request: web.BaseRequest) -> bool:
     """Whether a program of this machine asks for itself: no proxy that passes on others, and no page of another site whose name was made
     to lead here."""
-    host = urlsplit(f"//{request.headers.get('host', '')}")
     try:
-        name = host.hostname or ""
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
         named_here = name == "localhost" or is_loopback(name)
         from_here = is_loopback(request.remote or "")
     except ValueError:

@@ -79,6 +79,7 @@ class Permits:
 
     async def _learn(self, blob: BlobId) -> bool:
         answered = await self._questions.ask("", "public", str(blob).encode(), self._limits.permit_s)
+        answered.close()
         allowed = answered.status == 200
         until = asyncio.get_running_loop().time() + (YES_SECONDS if allowed else NO_SECONDS)
         self._known[blob] = _Permit(allowed, until)

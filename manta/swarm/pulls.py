@@ -115,6 +115,8 @@ class Pulls:
             if answer.cancelled() or pull.question.answer is not answer or self._pulls.get(chunk) is not pull:
                 return
             answered = answer.result()
+            pull.question.taken = True
+            answered.close()  # a refusal is short
             del self._pulls[chunk]
             if answered.status != 200:
                 until = asyncio.get_running_loop().time() + self._limits.failure_s

@@ -17,20 +17,39 @@ from manta.swarm.protocol import Refusal, encode
 from manta.wire.messages import Message
 from manta.wire.peering import Asked, Gone, Reply
 
-FILE_BYTES_MAX = 64 * 1024 * 1024
-"""Of an answer by descriptor: the stored tree of a repo with half a million files."""
+FILE_BYTES_MAX = 256 * 1024 * 1024
+"""Of an answer by descriptor: the tree of 250,000 files has about 60 MB."""
 
 
 class Crowded(Unavailable):
     """As much is under way for others as may be."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answered:
-    """What the daemon said: a status as in `manta.swarm.protocol`, and the answer's body."""
+    """What the daemon said: a status as in `manta.swarm.protocol`, and the answer's body, in `file` where that is a descriptor. Who has it
+    closes it."""
 
     status: int
-    body: bytes
+    body: bytes = b""
+    file: int | None = None
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes in `file`. Raises Unavailable where those are too many, or nobody knows."""
+        assert self.file is not None
+        try:
+            size = os.fstat(self.file).st_size
+        except OSError as error:
+            raise Unavailable("The answer could not be read on the asked node.") from error
+        if size > FILE_BYTES_MAX:
+            raise Unavailable("The answer is longer than an answer may be.")
+        return size
 
 
 def refused(status: int, refusal: Refusal) -> Answered:
@@ -38,11 +57,12 @@ def refused(status: int, refusal: Refusal) -> Answered:
 
 
 class Question:
-    """One that was put to the daemon. `answer` is done once it has answered."""
+    """One that was put to the daemon. `answer` is done once it has answered; who takes that says so."""
 
     def __init__(self, order: int) -> None:
         self.order = order
         self.answer: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        self.taken = False
 
 
 class Questions:
@@ -68,37 +88,31 @@ class Questions:
         return question
 
     def drop(self, question: Question) -> None:
-        """Nobody waits for the answer any more. Nothing happens where it has come."""
+        """Nobody waits for the answer any more, or it was taken."""
         if self._open.pop(question.order, None) is not None:
             question.answer.cancel()
             self._tell(Gone(question.order))
+        elif not question.taken and not question.answer.cancelled():
+            question.answer.result().close()
 
     async def ask(self, node: str, what: str, body: bytes, deadline_s: float) -> Answered:
-        """Raises Unavailable where no answer comes in time."""
+        """The caller closes it. Raises Unavailable where no answer comes in time."""
         question = self.put(node, what, body)
         try:
             async with asyncio.timeout(deadline_s):
-                return await question.answer
+                await asyncio.wait({question.answer})
+            question.taken = True
+            return question.answer.result()
         except TimeoutError:
             raise Unavailable(f"The daemon of this node did not answer within {deadline_s:g} s.") from None
         finally:
             self.drop(question)
 
     def reply(self, reply: Reply, fd: int | None) -> None:
-        """The daemon has answered. `fd` holds the body where there is one; it is not closed here."""
+        """The daemon has answered. `fd`, ours from now on, holds the body where there is one."""
         question = self._open.pop(reply.order, None)
-        if question is not None and not question.answer.done():
-            question.answer.set_result(_answered(reply, fd))
-
-
-def _answered(reply: Reply, fd: int | None) -> Answered:
-    if fd is None:
-        return Answered(reply.status, reply.body)
-    try:
-        size = os.fstat(fd).st_size
-        body = os.pread(fd, size, 0) if size <= FILE_BYTES_MAX else b""
-    except OSError:
-        size, body = -1, b""
-    if len(body) != size:
-        return refused(502, Refusal(reason="unavailable", message="The answer could not be read on the asked node."))
-    return Answered(reply.status, body)
+        answered = Answered(reply.status, reply.body, fd)
+        if question is None:
+            answered.close()
+        else:
+            question.answer.set_result(answered)

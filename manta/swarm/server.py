@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import sys
 import time
 import traceback
@@ -23,7 +25,7 @@ from manta.errors import Denied, Invalid, MantaError, Unavailable
 from manta.model.ids import parse_blob_id
 from manta.swarm.auth import Answer, Request, Sender, Verifier, sign_answer
 from manta.swarm.chunks import Chunks
-from manta.swarm.door import Certificate, Door, bind
+from manta.swarm.door import Certificate, Connection, Door, bind
 from manta.swarm.limits import Limits
 from manta.swarm.page import Page
 from manta.swarm.permits import Permits
@@ -60,6 +62,8 @@ CERTIFICATE_SECONDS = 30.0
 
 LONG_BYTES = 64 * 1024
 """An answer from this length on is sent as a chunk is, with an eye on who takes it."""
+
+HASH_BYTES = 1024 * 1024
 
 _MEMBERS = "/v1/"
 _ASKED: dict[str, type[Any] | None] = {
@@ -169,9 +173,9 @@ class Server:
             if certificate is not None:
                 try:
                     certificate.refresh()
-                    self._trouble("tls", "")
+                    self._trouble("certificate", "")
                 except Unavailable as error:
-                    self._trouble("tls", error.message)
+                    self._trouble("certificate", error.message)
 
     def _certificate(self) -> Certificate | None:
         """Raises Unavailable."""
@@ -201,22 +205,29 @@ class Server:
     # Requests --------------------------------------------------------------------------------------------------------
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Raises ConnectionError where the connection is of no use any more."""
         with self._door.answering(request) as connection:
-            if not request.raw_path.startswith(_MEMBERS):
-                return await self._finish(request, await self._page.answer(request, self._verifier.keys))
-            sender: Sender | None = None
             try:
-                body = await self._body(request)
-                sender = self._sender(request, body)
-                connection.known = bool(sender.key)
-                outcome = await self._route(request, sender, body)
-            except (ConnectionError, asyncio.CancelledError):
+                if request.raw_path.startswith(_MEMBERS):
+                    return await self._answer_member(request, connection)
+                return await self._finish(request, await self._page.answer(request, self._verifier.keys))
+            except ConnectionError:
                 raise
             except Exception as error:
-                outcome = self._refusal(error)
-            if isinstance(outcome, web.StreamResponse):
-                return outcome
-            return await self._say(request, sender, outcome)
+                # A fault of ours: one asker is cut off, the others go on, and the daemon's log has it.
+                print("".join(traceback.format_exception(error)), file=sys.stderr)
+                raise ConnectionAbortedError("the answer failed") from error
+
+    async def _answer_member(self, request: web.BaseRequest, connection: Connection) -> web.StreamResponse:
+        sender: Sender | None = None
+        try:
+            body = await self._body(request)
+            sender = self._sender(request, body)
+            connection.known = bool(sender.key)
+            outcome = await self._route(request, sender, body)
+        except MantaError as error:
+            outcome = _refusal(error)
+        return outcome if isinstance(outcome, web.StreamResponse) else await self._say(request, sender, outcome)
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         """Raises Invalid for a body that is too long or does not come."""
@@ -290,38 +301,32 @@ class Server:
 
     # Answers ---------------------------------------------------------------------------------------------------------
 
-    def _refusal(self, error: Exception) -> Answered:
-        match error:
-            case Denied():
-                return refused(401, Refusal(reason="unauthorized", message=error.message))
-            case Invalid():
-                return refused(400, Refusal(reason="invalid", message=error.message))
-            case Crowded():
-                return refused(503, Refusal(reason="busy", message=error.message, retry_s=1.0))
-            case Unavailable():
-                return refused(503, Refusal(reason="unavailable", message=error.message, retry_s=1.0))
-        # A fault of ours: one asker is told so, the others go on, and the daemon's log has it.
-        print("".join(traceback.format_exception(error)), file=sys.stderr)
-        return refused(502, Refusal(reason="unavailable", message=f"The node failed: {type(error).__name__}."))
-
     async def _say(self, request: web.BaseRequest, sender: Sender | None, answered: Answered) -> web.StreamResponse:
-        """`sender` None: who is not known gets an answer without a signature."""
-        headers = {"server": "manta", "content-type": "application/octet-stream"}
-        if sender is not None and (mac := self._mac(sender, answered)):
-            headers[MAC] = mac
-        if len(answered.body) < LONG_BYTES:
-            return await self._finish(
-                request, web.Response(status=answered.status, body=answered.body, headers=headers)
-            )
-        response = web.StreamResponse(status=answered.status, headers=headers)
-        response.content_length = len(answered.body)
-        await response.prepare(request)
-        await Upload(request, self._allowance, self._limits).memory(answered.body)
-        await response.write_eof()
-        return response
-
-    def _mac(self, sender: Sender, answered: Answered) -> str:
-        return sign_answer(Answer(answered.status, body=answered.body), sender, self._settings.node)
+        """`sender` None: who is not known gets an answer without a signature. Raises ConnectionError, and where the daemon's file with the
+        body is none, OSError and Unavailable."""
+        try:
+            size, said = len(answered.body), Answer(answered.status, body=answered.body)
+            if answered.file is not None:
+                size = answered.file_bytes
+                said = Answer(answered.status, body_sha256=await asyncio.to_thread(_sha256, answered.file, size))
+            headers = {"server": "manta", "content-type": "application/octet-stream"}
+            if sender is not None and (mac := sign_answer(said, sender, self._settings.node)):
+                headers[MAC] = mac
+            if answered.file is None and size < LONG_BYTES:
+                short = web.Response(status=answered.status, body=answered.body, headers=headers)
+                return await self._finish(request, short)
+            response = web.StreamResponse(status=answered.status, headers=headers)
+            response.content_length = size
+            await response.prepare(request)
+            upload = Upload(request, self._allowance, self._limits)
+            if answered.file is not None:
+                await upload.file(answered.file, 0, size)
+            else:
+                await upload.memory(answered.body)
+            await response.write_eof()
+            return response
+        finally:
+            answered.close()
 
     async def _finish(self, request: web.BaseRequest, response: web.Response) -> web.Response:
         """Sends a short answer. Raises ConnectionError where it is not taken."""
@@ -334,3 +339,22 @@ class Server:
                 request.transport.abort()
             raise ConnectionAbortedError("the answer was not taken") from None
         return response
+
+
+def _refusal(error: MantaError) -> Answered:
+    match error:
+        case Denied():
+            return refused(401, Refusal(reason="unauthorized", message=error.message))
+        case Invalid():
+            return refused(400, Refusal(reason="invalid", message=error.message))
+        case Crowded():
+            return refused(503, Refusal(reason="busy", message=error.message, retry_s=1.0))
+    return refused(503, Refusal(reason="unavailable", message=error.message, retry_s=1.0))
+
+
+def _sha256(fd: int, size: int) -> str:
+    """SLOW: of the whole file, in hex. Raises OSError."""
+    digest = hashlib.sha256()
+    for at in range(0, size, HASH_BYTES):
+        digest.update(os.pread(fd, HASH_BYTES, at))
+    return digest.hexdigest()

@@ -86,17 +86,15 @@ class _Peer:
                 return
             if isinstance(message, Call):
                 await self._begin(group, message, fd)
-                continue
-            try:
-                self._take(message, fd)
-            finally:
+            elif isinstance(message, Reply):
+                self._questions.reply(message, fd)
+            else:
                 if fd is not None:
                     os.close(fd)
+                self._take(message)
 
-    def _take(self, message: Settings | Follow | OwnPauses | Reply | Cancelled, fd: int | None) -> None:
+    def _take(self, message: Settings | Follow | OwnPauses | Cancelled) -> None:
         match message:
-            case Reply():
-                self._questions.reply(message, fd)
             case Follow():
                 self._members.follow(message.blobs)
             case OwnPauses():

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import socket
+import struct
 import termios
 from collections.abc import Callable, Coroutine
 
@@ -25,6 +27,9 @@ TLS_SLICE_BYTES = 256 * 1024
 
 BURST_SECONDS = 0.1
 """Of the upload rate: what may go at once after a silence."""
+
+
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 
 class TooSlow(ConnectionError):
@@ -50,8 +55,8 @@ class Allowance:
 class Upload:
     """The body of one answer to `request`, whose head was just prepared. `sent` are the bytes that were handed to the kernel.
 
-    `file` and `memory` raise ConnectionError where the reader is gone (TooSlow: was cut off), or the file is not what it was, and OSError
-    where it cannot be read. Then the connection is of no use any more.
+    `file` and `memory` raise ConnectionError where the reader is gone (TooSlow: was cut off), and where the file cannot be read or is
+    shorter than it was. Then the connection is of no use any more.
     """
 
     def __init__(self, request: web.BaseRequest, allowance: Allowance, limits: Limits) -> None:
@@ -61,7 +66,8 @@ class Upload:
         self.sent = 0
         self._writer = request.writer
         self._transport = transport
-        self._socket = transport.get_extra_info("socket").fileno()
+        self._connection = transport.get_extra_info("socket")
+        self._socket = self._connection.fileno()
         self._tls = transport.get_extra_info("sslcontext") is not None
         self._allowance = allowance
         self._limits = limits
@@ -91,6 +97,8 @@ class Upload:
             if self._cut:
                 raise TooSlow("the reader was too slow") from error
             raise ConnectionResetError("the reader is gone") from error
+        except OSError as error:
+            raise ConnectionAbortedError("the file cannot be read") from error
         finally:
             if self._watch is not None:
                 self._watch.cancel()
@@ -159,6 +167,8 @@ class Upload:
             self._look_again_after(self.sent, taken)
             return
         self._cut = True
+        # What the kernel has of it goes too: megabytes, which it would keep for such a reader.
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
         self._transport.abort()
         self._wake()
 
