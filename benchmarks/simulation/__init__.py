@@ -1,0 +1,13 @@
+"""The swarm in discrete time: the policy that the daemon runs, on networks that this machine does not have. `python -m benchmarks simulate`.
+
+    clock     what happens when: a queue of events
+    links     bytes on their way: flows that share links as TCP does, roughly
+    roster    the policy's table of members and rankings, kept once for all nodes instead of once for each
+    weather   what a network and its trouble are like: links, latencies, crashes, partitions, refusals
+    origin    the hub: one link, requests, 429
+    node      one node: reader, scheduler, gate, choice, slots, put together as daemon and peer process do
+    cluster   many of them, from the start to the last one's end; what is counted
+    plots     time and copies against N, as PNG
+
+Nothing here waits, listens or touches a disk. All that is random comes from the seed. docs/swarm-simulation.md says what is modelled.
+"""

@@ -1,0 +1,529 @@
+"""One node of the simulation: reader, scheduler, gate and choice, put together as the daemon does. Here and only here.
+
+The decisions are Manta's own code. What stands here is the rest: how long an answer takes, what a lost one looks like, when is looked again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from benchmarks.simulation.clock import Clock
+from benchmarks.simulation.links import Links
+from benchmarks.simulation.origin import Origin
+from benchmarks.simulation.roster import Roster, SharedChoice
+from benchmarks.simulation.uploads import Uploads
+from benchmarks.simulation.weather import Weather
+from manta.fetch.fetcher import LOOK_SECONDS
+from manta.fetch.gate import SwarmGate
+from manta.fetch.pacing import Pacer
+from manta.fetch.peer_flight import PATIENCE_SECONDS, SILENT_SECONDS, STALL_SECONDS, URGENT_SECONDS
+from manta.fetch.readahead import Readahead
+from manta.fetch.scheduler import Priority, Scheduler, Want
+from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
+from manta.model.ids import BlobId
+from manta.swarm.choice import FromOrigin, Peer
+
+POLL_SECONDS = 1.0
+POLLED_MAX = 16
+"""Members that are asked what they have, each time."""
+
+SUSPECT_SECONDS = 1.0
+"""A member that does not answer for so long is none, until it answers again."""
+
+PROBE_SECONDS_MAX = 30.0
+"""How seldom a lost member is asked again in the end; after SUSPECT_SECONDS at first, then half as often each time."""
+
+DARK_SECONDS = 1.0
+"""How long it takes to find that the origin cannot be reached, and how long it is not asked again then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What of the policy is a setting."""
+
+    swarm: bool = True
+    """Off: every node gets everything from the origin."""
+    slots: int = 8
+    downloads: int = 16
+    connections: int = 16
+    """To the origin, at most."""
+    fill: bool = True
+    retry_s: float = 0.1
+    """How soon it is looked again where something was held back."""
+
+
+class Swarm(Protocol):
+    """What a node sees of everything else."""
+
+    clock: Clock
+    links: Links
+    origin: Origin
+    weather: Weather
+    policy: Policy
+    roster: Roster
+    nodes: list[Node]
+    blob: BlobId
+    chunks: int
+    look_s: float
+    """The least time between two looks of a node at what to order."""
+
+    def size_of(self, chunk: int) -> int: ...
+
+    def apart(self, one: int, other: int) -> bool:
+        """Whether a partition lies between them."""
+        ...
+
+    def carry(
+        self, source: int, target: int, size: float, cap: float, done: Callable[[Order], None], order: Order
+    ) -> int:
+        """Bytes flow, then `done` is called; returns the flow's number. `source` is len(nodes) for the origin."""
+        ...
+
+    def drop(self, flow: int) -> float:
+        """The flow ends. Returns the bytes that did not come."""
+        ...
+
+    def completed(self, node: Node) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Order:
+    """One chunk under way to `taker`, from `giver`, or from the origin where that is None."""
+
+    want: Want
+    taker: Node
+    giver: Node | None
+    pull: bool
+    began: float
+    flow: int | None = None
+    giving: bool = False
+    """It has a slot of its giver's."""
+    first: float = 0.0
+    """When its bytes began to flow."""
+    over: bool = False
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a node did, in all its lives. Bytes and numbers."""
+
+    from_origin: float = 0.0
+    from_peers: float = 0.0
+    to_peers: float = 0.0
+    wasted: float = 0.0
+    """Bytes of transfers that broke off."""
+    asked: int = 0
+    """Requests to members."""
+    busy: int = 0
+    """Their answers that there is no slot; that they do not have it; that they are fetching it; and none."""
+    lacked: int = 0
+    held: int = 0
+    failed: int = 0
+    looks: int = 0
+    slots_most: int = 0
+    """Slots that were in use at a time."""
+    crashes: int = 0
+    began_at: float = 0.0
+    done_at: float | None = None
+
+
+class Node:
+    def __init__(self, swarm: Swarm, place: int, seed: int) -> None:
+        self.swarm, self.place = swarm, place
+        self.name = swarm.roster.names[place]
+        self.counts = Counts()
+        self.up = self.silent = False
+        """`silent`: it is down, and nobody is told."""
+        self._chance = random.Random(f"{seed}/{place}")
+        self._have = bytearray(-(-swarm.chunks // 8))
+        self._count = 0
+        self._begin_life()
+
+    def _begin_life(self) -> None:
+        """What a process knows when it starts: nothing but its cache."""
+        swarm, policy = self.swarm, self.swarm.policy
+        self.uploads = Uploads(self)
+        self.choice = SharedChoice(self.name, policy.downloads, swarm.roster)
+        self.gate = SwarmGate(self.choice, self, lambda: swarm.clock.now)
+        self.pacer = pacer = Pacer(policy.connections)
+        gate = self.gate if policy.swarm else None
+        self.scheduler = Scheduler(lambda: pacer.connections, self._next_missing, gate=gate)
+        self._readahead = Readahead(ChunkGrid(swarm.chunks * CHUNK_SIZE))
+        self._at = -1  # the chunk that the reader waits for
+        self._orders: set[Order] = set()
+        self._from_origin = 0  # of them
+        self._pausing_until = float("-inf")
+        self._mute: dict[str, int] = {}  # members that say nothing, and how many orders they have
+        self._look_at, self._looked_at = float("inf"), float("-inf")
+
+    # The cache -------------------------------------------------------------------------------------------------------
+
+    def has(self, chunk: int) -> bool:
+        return bool(self._have[chunk >> 3] & 1 << (chunk & 7))
+
+    def put(self, chunk: int) -> None:
+        if not self.has(chunk):
+            self._have[chunk >> 3] |= 1 << (chunk & 7)
+            self._count += 1
+
+    @property
+    def complete(self) -> bool:
+        return self._count == self.swarm.chunks
+
+    def _next_missing(self, _blob: BlobId, chunk: int) -> int | None:
+        if self.complete:
+            return None
+        return next((c for c in range(chunk, self.swarm.chunks) if not self.has(c)), None)
+
+    # gate.Origin: what the fetcher knows of the way to the origin ----------------------------------------------------
+
+    def reachable(self, _blob: BlobId, now: float) -> bool:
+        return now >= self._pausing_until
+
+    def ready(self, _blob: BlobId) -> bool:
+        return True
+
+    def alone(self, _blob: BlobId) -> bool:
+        return False
+
+    def missing(self, _blob: BlobId) -> list[int]:
+        return [chunk for chunk in range(self.swarm.chunks) if not self.has(chunk)]
+
+    def lacks(self, _blob: BlobId, chunk: int) -> bool:
+        return not self.has(chunk)
+
+    # Its life --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """The node is there, and its reader begins."""
+        now, blob = self.swarm.clock.now, self.swarm.blob
+        self.up, self.silent = True, False
+        if not self.counts.crashes:
+            self.counts.began_at = now
+        if self.complete:
+            self._finish()
+            return
+        if self.swarm.policy.swarm:
+            self.choice.follow([str(blob)], now)
+            self._poll(self.choice)
+        self._read_on()
+        if self.swarm.policy.fill:
+            self.scheduler.want_whole(blob, Priority.FILL)
+        self._pace(self.pacer)
+        self._stir()
+
+    def crash(self, *, keeps_cache: bool, silently: bool) -> None:
+        """It ends at once, and knows nothing when it starts again."""
+        if not self.up:
+            return
+        self.up, self.silent = False, silently
+        self.counts.crashes += 1
+        uploads = self.uploads.open
+        for order in list(self._orders):
+            self._end(order)
+        self._begin_life()
+        for order in uploads:
+            order.taker.unanswered(order)
+        if not keeps_cache:
+            self._have, self._count = bytearray(len(self._have)), 0
+            self.counts.done_at = None
+
+    def _finish(self) -> None:
+        self.choice.follow((), self.swarm.clock.now)
+        if self.counts.done_at is None:
+            self.counts.done_at = self.swarm.clock.now
+            self.swarm.completed(self)
+
+    def _read_on(self) -> None:
+        """The reader takes what is there, in order, and waits for the next chunk."""
+        swarm, at = self.swarm, self._at
+        while at < 0 or (at < swarm.chunks and self.has(at)):
+            at += 1
+            if at < swarm.chunks:
+                ahead = self._readahead.observe(Extent(at * CHUNK_SIZE, (at + 1) * CHUNK_SIZE))
+                missing = [(chunk, chunk * CHUNK_SIZE) for chunk in ahead if not self.has(chunk)]
+                self.scheduler.look_ahead(swarm.blob, "reader", missing)
+                if not self.has(at):
+                    self.scheduler.demand(swarm.blob, at, at * CHUNK_SIZE)
+        self._at = at
+
+    def fetch_for(self, order: Order) -> None:
+        """A member waits for a chunk that it wants us to get."""
+        want = order.want
+        self.gate.behalf.add(want.key)
+        if want.priority <= Priority.READAHEAD:
+            self.scheduler.demand(want.blob, want.chunk, want.chunk * CHUNK_SIZE)
+        else:
+            self.scheduler.want_rest(want.blob, want.chunk)
+        self._stir()
+
+    # Who is there ----------------------------------------------------------------------------------------------------
+
+    def _poll(self, choice: SharedChoice) -> None:
+        """Asks members what they have. `choice` tells whether it is still the same process."""
+        if choice is not self.choice or self.complete:
+            return
+        swarm, blob, now = self.swarm, str(self.swarm.blob), self.swarm.clock.now
+        others = len(swarm.nodes) - 1
+        places = range(others) if others <= POLLED_MAX else self._chance.sample(range(others), POLLED_MAX)
+        for place in places:
+            other = swarm.nodes[place + (place >= self.place)]
+            if other.name in choice.hidden:
+                continue
+            if not self._reaches(other):
+                swarm.clock.after(SUSPECT_SECONDS, self._lose, other, choice)
+                continue
+            choice.presence(other.name, blob, bytes(other._have))
+            if other._pausing_until > self._pausing_until:
+                self._pausing_until = other._pausing_until
+        self._stir()
+        swarm.clock.at(now + POLL_SECONDS, self._poll, choice)
+
+    def _reaches(self, other: Node) -> bool:
+        return other.up and not self.swarm.apart(self.place, other.place)
+
+    def _lose(self, other: Node, choice: SharedChoice) -> None:
+        """`other` has not answered: it is no member any more, until it answers."""
+        if choice is self.choice and not self._reaches(other) and other.name not in choice.hidden:
+            choice.hide(other.name)
+            self.gate.members_changed()
+            self.swarm.clock.after(SUSPECT_SECONDS, self._probe, other, choice, SUSPECT_SECONDS)
+
+    def _probe(self, other: Node, choice: SharedChoice, pause_s: float) -> None:
+        if choice is not self.choice:
+            return
+        if self._reaches(other):
+            choice.show(other.name)
+            self.gate.members_changed()
+            self._stir()
+        elif not self.complete:
+            longer = min(2 * pause_s, PROBE_SECONDS_MAX)
+            self.swarm.clock.after(longer, self._probe, other, choice, longer)
+
+    # What to order ---------------------------------------------------------------------------------------------------
+
+    def _stir(self, when: float = 0.0) -> None:
+        """Looks what to order, not before `when`."""
+        when = max(when, self.swarm.clock.now, self._looked_at + self.swarm.look_s)
+        if when < self._look_at:
+            self._look_at = when
+            self.swarm.clock.at(when, self._look, self.choice)
+
+    def _look(self, choice: SharedChoice) -> None:
+        now = self.swarm.clock.now
+        if choice is not self.choice or now < self._look_at:
+            return
+        self._look_at, self._looked_at = float("inf"), now
+        if not self.up:
+            return
+        self.counts.looks += 1
+        while (want := self.scheduler.next(now)) is not None:
+            self._send(want)
+        if self.gate.blocked:
+            self.gate.blocked = False
+            self._stir(now + self.swarm.policy.retry_s)
+        if (change := self.scheduler.next_change(now)) is not None:
+            self._stir(change)
+
+    def _send(self, want: Want) -> None:
+        now = self.swarm.clock.now
+        source = (
+            self.gate.source(want.blob, want.chunk, want.priority) if self.swarm.policy.swarm else FromOrigin()
+        )
+        match source:
+            case Peer(name, pull):
+                self.scheduler.beside(want)
+                self.choice.begin(name)
+                order = Order(want, self, self.swarm.nodes[self.swarm.roster.places[name]], pull, now)
+                self._orders.add(order)
+                self._ask(order)
+            case FromOrigin() if self.reachable(want.blob, now):
+                order = Order(want, self, None, False, now)
+                self._orders.add(order)
+                self._from_origin += 1
+                self._ask_origin(order)
+            case FromOrigin():
+                self._unable_for(want.chunk, self._pausing_until - now)
+                self.scheduler.again(want, self._pausing_until)
+            case _:
+                self.scheduler.again(want, now + self.swarm.policy.retry_s)
+
+    def _pace(self, pacer: Pacer) -> None:
+        """Looks whether more connections to the origin pay."""
+        if pacer is self.pacer and not self.complete:
+            if self._from_origin:
+                before = pacer.connections
+                pacer.look(self._from_origin, self.swarm.clock.now)
+                if pacer.connections > before:
+                    self._stir()
+            self.swarm.clock.after(LOOK_SECONDS, self._pace, pacer)
+
+    # From the origin -------------------------------------------------------------------------------------------------
+
+    def _ask_origin(self, order: Order) -> None:
+        swarm = self.swarm
+        if swarm.origin.dark(swarm.clock.now):
+            swarm.clock.after(DARK_SECONDS, self._paused, order, DARK_SECONDS)
+        elif pause_s := swarm.origin.pause(swarm.clock.now):
+            self.pacer.throttled(swarm.clock.now)
+            swarm.clock.after(swarm.origin.hub.latency_s, self._paused, order, pause_s)
+        else:
+            swarm.clock.after(swarm.origin.hub.latency_s, self._origin_answers, order)
+
+    def _origin_answers(self, order: Order) -> None:
+        if not order.over:
+            swarm = self.swarm
+            order.first = swarm.clock.now
+            size, cap = swarm.size_of(order.want.chunk), swarm.origin.hub.per_connection
+            order.flow = swarm.carry(len(swarm.nodes), self.place, size, cap, self._came, order)
+
+    def _paused(self, order: Order, pause_s: float) -> None:
+        """The origin wants to be left alone, or cannot be reached."""
+        if order.over:
+            return
+        now = self.swarm.clock.now
+        self._pausing_until = max(self._pausing_until, now + pause_s)
+        self._end(order)
+        self._unable_for(order.want.chunk, pause_s)
+        # Members may have it, or reach the origin: the gate says so.
+        self.scheduler.again(order.want)
+        self._stir()
+
+    def _unable_for(self, chunk: int, pause_s: float) -> None:
+        self.gate.behalf.discard((self.swarm.blob, chunk))
+        self.uploads.cannot(chunk, pause_s)
+
+    def _came(self, order: Order) -> None:
+        now, size = self.swarm.clock.now, self.swarm.size_of(order.want.chunk)
+        order.flow = None
+        self.counts.from_origin += size
+        self.swarm.origin.sent += size
+        self.pacer.came(size)
+        self.pacer.succeeded()
+        self.scheduler.learn(order.first - order.began, now - order.began)
+        self._end(order)
+        self._record(order)
+
+    # From members ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, order: Order) -> None:
+        assert order.giver is not None
+        self.counts.asked += 1
+        if not self._reaches(order.giver):
+            self.unanswered(order)
+            return
+        self.swarm.clock.after(self.swarm.weather.latency_s, order.giver.uploads.ask, order)
+        if order.pull:
+            self.swarm.clock.after(PATIENCE_SECONDS, self._impatient, order)
+
+    def received(self, order: Order) -> None:
+        """All of it has come."""
+        assert order.giver is not None
+        now, size = self.swarm.clock.now, self.swarm.size_of(order.want.chunk)
+        self.counts.from_peers += size
+        self._end(order)
+        self.choice.got(order.giver.name, str(self.swarm.blob), order.want.chunk, size, now - order.first)
+        self._record(order)
+
+    def refused(self, order: Order, holders: list[str]) -> None:
+        """There is no slot."""
+        if self._comes_to_nothing(order):
+            self.counts.busy += 1
+            self.choice.busy(self._giver(order), str(self.swarm.blob), order.want.chunk, holders, self.swarm.clock.now)
+
+    def lacking(self, order: Order) -> None:
+        """The member does not have it."""
+        if self._comes_to_nothing(order):
+            self.counts.lacked += 1
+            self.choice.lacks(self._giver(order), str(self.swarm.blob), order.want.chunk, self.swarm.clock.now)
+
+    def denied(self, order: Order, pause_s: float) -> None:
+        """The member could not get it: the origin wants to be left alone for so long, by us too."""
+        if self._comes_to_nothing(order):
+            now = self.swarm.clock.now
+            self._pausing_until = max(self._pausing_until, now + pause_s)
+            self.choice.unable(self._giver(order), str(self.swarm.blob), order.want.chunk, now)
+
+    def _impatient(self, order: Order) -> None:
+        """The member fetches on our behalf, and has not got it."""
+        if order.flow is None:
+            self.denied(order, 0.0)
+
+    def unanswered(self, order: Order) -> None:
+        """Nobody is there, or nobody any more: a reset says so at once, silence after a while."""
+        if order.over:
+            return
+        giver, clock = order.giver, self.swarm.clock
+        assert giver is not None
+        if order.flow is not None:
+            self.swarm.links.set_cap(clock.now, order.flow, 0.0)
+        if giver.silent or self.swarm.apart(self.place, giver.place):
+            clock.after(SILENT_SECONDS, self._falls_silent, order)
+            urgent = order.want.priority is Priority.DEMAND or order.want.chunk == self._at
+            clock.after(URGENT_SECONDS if urgent else STALL_SECONDS, self._lost, order)
+        else:
+            clock.after(2 * self.swarm.weather.latency_s, self._lost, order)
+
+    def _falls_silent(self, order: Order) -> None:
+        if not order.over:
+            name = self._giver(order)
+            self._mute[name] = self._mute.get(name, 0) + 1
+            self.choice.set_silent(self._mute)
+
+    def _lost(self, order: Order) -> None:
+        if self._comes_to_nothing(order):
+            self.counts.failed += 1
+            name = self._giver(order)
+            if name in self._mute:
+                self._mute[name] -= 1
+                if self._mute[name] <= 0:
+                    del self._mute[name]
+                self.choice.set_silent(self._mute)
+            self.choice.failed(name, self.swarm.clock.now)
+
+    def _giver(self, order: Order) -> str:
+        assert order.giver is not None
+        return order.giver.name
+
+    # What became of it -----------------------------------------------------------------------------------------------
+
+    def _comes_to_nothing(self, order: Order) -> bool:
+        """The chunk is still wanted. False where the order had ended before."""
+        if order.over:
+            return False
+        self._end(order)
+        self.scheduler.again(order.want)
+        self._stir()
+        return True
+
+    def _record(self, order: Order) -> None:
+        chunk = order.want.chunk
+        self.put(chunk)
+        self.scheduler.finished(order.want)
+        self.gate.behalf.discard(order.want.key)
+        self.uploads.arrived(chunk)
+        if self.complete:
+            self._finish()
+        elif chunk == self._at:
+            self._read_on()
+        self._stir()
+
+    def _end(self, order: Order) -> None:
+        """Nothing more comes of `order`; what came of one that broke off is of no use."""
+        order.over = True
+        self._orders.discard(order)
+        came = 0.0
+        if order.flow is not None:
+            came = self.swarm.size_of(order.want.chunk) - self.swarm.drop(order.flow)
+            order.flow = None
+            self.counts.wasted += came
+        if order.giver is None:
+            self._from_origin -= 1
+            self.counts.from_origin += came
+            self.swarm.origin.sent += came
+        else:
+            order.giver.counts.to_peers += came
+            order.giver.uploads.give_back(order)

@@ -1,0 +1,100 @@
+"""What a node gives to others: its peer process in the simulation, here and only here. The slots and the recipients are Manta's own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from manta.swarm.protocol import HOLD_SECONDS
+from manta.swarm.slots import Recipients, Slots
+
+if TYPE_CHECKING:
+    from benchmarks.simulation.node import Node, Order
+
+
+class Uploads:
+    """Of `node`, for the length of one life of it."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._swarm = node.swarm
+        self._slots, self._recipients = Slots(node.swarm.policy.slots), Recipients()
+        self._flowing: set[Order] = set()
+        self._waiting: defaultdict[int, dict[Order, float]] = defaultdict(dict)  # by chunk, and since when
+        self._free_at = 0.0  # when the peper process has answered all that came so far
+
+    def ask(self, order: Order) -> None:
+        """The request has come; it is answered in its turn."""
+        if not self._here(order):
+            return
+        clock = self._swarm.clock
+        self._free_at = max(self._free_at, clock.now) + self._swarm.weather.request_s
+        clock.at(self._free_at, self._answer, order)
+
+    def _here(self, order: Order) -> bool:
+        """Whether the node is still the one that was asked; if not, the asker notices."""
+        if order.over:
+            return False
+        if self._node.uploads is not self or not self._node.up:
+            order.taker.unanswered(order)
+            return False
+        return True
+
+    def _answer(self, order: Order) -> None:
+        if not self._here(order):
+            return
+        node, chunk, clock = self._node, order.want.chunk, self._swarm.clock
+        if node.has(chunk):
+            if self._slots.acquire(order.taker.name):
+                node.counts.slots_most = max(node.counts.slots_most, self._slots.busy)
+                self._flowing.add(order)
+                order.giving, order.first = True, clock.now
+                size = self._swarm.size_of(chunk)
+                order.flow = self._swarm.carry(node.place, order.taker.place, size, float("inf"), self._given, order)
+            else:
+                holders = self._recipients.holders(str(self._swarm.blob), chunk, order.taker.name)
+                clock.after(self._swarm.weather.latency_s, order.taker.refused, order, holders)
+        elif order.pull:
+            self._waiting[chunk][order] = clock.now
+            node.fetch_for(order)
+        else:
+            clock.after(self._swarm.weather.latency_s, order.taker.lacking, order)
+
+    def _given(self, order: Order) -> None:
+        size = self._swarm.size_of(order.want.chunk)
+        order.flow = None
+        self._node.counts.to_peers += size
+        self.give_back(order)
+        self._recipients.given(str(self._swarm.blob), order.want.chunk, order.taker.name)
+        order.taker.received(order)
+
+    def give_back(self, order: Order) -> None:
+        """`order` needs no slot, and nobody waits for it."""
+        if order.giving:
+            order.giving = False
+            self._flowing.discard(order)
+            self._slots.release(order.taker.name)
+        self._waiting[order.want.chunk].pop(order, None)
+
+    def arrived(self, chunk: int) -> None:
+        """The node has `chunk` now: those who wait for it are answered. Each has asked again twice a second, which was to be answered too."""
+        waiting = self._waiting.pop(chunk, {})
+        now, cost = self._swarm.clock.now, self._swarm.weather.request_s
+        for order, since in waiting.items():
+            again = int((now - since) / HOLD_SECONDS)
+            order.taker.counts.held += again
+            self._free_at = max(self._free_at, now) + cost * (1 + min(again, 1))
+            self._swarm.clock.at(self._free_at, self._answer, order)
+
+    def cannot(self, chunk: int, pause_s: float) -> None:
+        """The origin did not give `chunk`: those who wait for it are told."""
+        for order in self._waiting.pop(chunk, {}):
+            self._swarm.clock.after(self._swarm.weather.latency_s, order.taker.denied, order, pause_s)
+
+    def waited_for(self, chunk: int) -> bool:
+        return bool(self._waiting.get(chunk))
+
+    @property
+    def open(self) -> list[Order]:
+        """What flows or is waited for."""
+        return [*self._flowing, *(order for orders in self._waiting.values() for order in orders)]
