@@ -162,7 +162,9 @@ class Cluster:
         sites = self.weather.sites
         hub, cold = self.weather.hub.rate, [site for site in sites if site.has < 1]
         alone = max(self.size / min(site.down for site in cold), self.size / hub) if cold else 0.0
-        return max(alone, len(cold) * self.size / (sum(site.up for site in sites) + hub)) if self.policy.swarm else alone
+        return (
+            max(alone, len(cold) * self.size / (sum(site.up for site in sites) + hub)) if self.policy.swarm else alone
+        )
 
     def outcome(self) -> Outcome:
         counts = [node.counts for node in self.nodes]

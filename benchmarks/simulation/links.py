@@ -80,8 +80,12 @@ class Links:
         self._cap = np.zeros(64)
         self._live: Flags = np.zeros(64, bool)
         self._free = list(range(63, -1, -1))
-        self._uses = [0] * 64  # how often each number was given up: what was said of an earlier flow is not said of this one
-        self._ending: list[tuple[float, int, int]] = []  # flows that end before the next step, and their uses; the last one first
+        self._uses = [
+            0
+        ] * 64  # how often each number was given up: what was said of an earlier flow is not said of this one
+        self._ending: list[
+            tuple[float, int, int]
+        ] = []  # flows that end before the next step, and their uses; the last one first
         self._at = 0.0  # when `_left` was true
         self._worked_out = float("-inf")
         self._changed: float | None = None  # since when rates are not true

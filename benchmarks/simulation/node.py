@@ -277,8 +277,7 @@ class Node:
                 swarm.clock.after(SUSPECT_SECONDS, self._lose, other, choice)
                 continue
             choice.presence(other.name, blob, bytes(other._have))
-            if other._pausing_until > self._pausing_until:
-                self._pausing_until = other._pausing_until
+            self._pausing_until = max(self._pausing_until, other._pausing_until)
         self._stir()
         swarm.clock.at(now + POLL_SECONDS, self._poll, choice)
 
@@ -330,9 +329,7 @@ class Node:
 
     def _send(self, want: Want) -> None:
         now = self.swarm.clock.now
-        source = (
-            self.gate.source(want.blob, want.chunk, want.priority) if self.swarm.policy.swarm else FromOrigin()
-        )
+        source = self.gate.source(want.blob, want.chunk, want.priority) if self.swarm.policy.swarm else FromOrigin()
         match source:
             case Peer(name, pull):
                 self.scheduler.beside(want)

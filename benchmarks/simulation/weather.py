@@ -95,7 +95,14 @@ def heterogeneous(nodes: int, rate: float, *, hub: float = 0.0, spread_s: float 
 
 
 def churning(
-    nodes: int, rate: float, seconds: float, *, hub: float = 0.0, spread_s: float = 0.0, seed: int = 0, share: float = 0.02
+    nodes: int,
+    rate: float,
+    seconds: float,
+    *,
+    hub: float = 0.0,
+    spread_s: float = 0.0,
+    seed: int = 0,
+    share: float = 0.02,
 ) -> Weather:
     """Equal links; in each second of `seconds`, `share` of the nodes (at least one every three seconds) crash, for 1 to 4 seconds: a third
     of them lose their cache, a third vanish without a word."""

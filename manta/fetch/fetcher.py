@@ -26,15 +26,15 @@ from manta.fetch.flight import Flight
 from manta.fetch.gate import SwarmGate
 from manta.fetch.locator import Locator
 from manta.fetch.pacing import Pacer
-from manta.fetch.peer_orders import BLOCKED_SECONDS, PeerOrders, Peers
+from manta.fetch.peer_orders import PeerOrders, Peers
 from manta.fetch.quarantine import Quarantine
 from manta.fetch.retry import judge
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.sources import Provenance
 from manta.fetch.stragglers import Stragglers
-from manta.fetch.throttle import Throttles
+from manta.fetch.throttle import HEARD_SECONDS_MAX, Throttles
 from manta.fetch.transfer import Transfer
-from manta.fetch.way import Way
+from manta.fetch.way import REFUSED_SECONDS, Way
 from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuit, Circuits
 from manta.hub.origin import Location, Origin
@@ -51,9 +51,8 @@ LOOK_SECONDS = 0.25
 HEDGES_PER_CONNECTION = 0.25
 """Orders that may be hedged at once: an origin that is slow as a whole must not be asked for everything twice."""
 
-REFUSED_SECONDS = 2.0
-"""How long the hub is not asked again about a blob that it refused: a reader that tries each of a file's chunks costs one request, and
-a person who has just been given access waits no longer than this."""
+PUT_OFF_SECONDS = 1.0
+"""How long a chunk that the origin cannot be asked for stays out of sight, where another node may get it meanwhile."""
 
 OnFailure = Callable[[Provenance, MantaError], None]
 OnArrival = Callable[[Transfer], None]
@@ -172,6 +171,8 @@ class Fetcher:
         blob = transfer.blob
         if transfer.users == 0 and not transfer.locating and not self._scheduler.wants(blob.id):
             self._transfers.pop(str(blob.id), None)
+            if self._neighbours is not None:
+                self._neighbours.closed(blob.id)
             blob.close()
 
     @property
@@ -199,6 +200,11 @@ class Fetcher:
         now = trio.current_time()
         return {origin: until - now for origin, until in self._throttles.pauses(now).items()}
 
+    def own_pauses(self) -> dict[str, float]:
+        """Those of them that this node was asked for itself: what other nodes are told."""
+        now = trio.current_time()
+        return {origin: until - now for origin, until in self._throttles.own_pauses(now).items()}
+
     def transfer(self, blob_id: str) -> Transfer | None:
         """The transfer of a blob that is in use, if it is."""
         return self._transfers.get(blob_id)
@@ -224,8 +230,8 @@ class Fetcher:
                     self._send(want, now)
                 change = self._scheduler.next_change(now)
                 until = math.inf if change is None else change
-                if self._neighbours is not None and self._neighbours.held_back():
-                    until = min(until, now + BLOCKED_SECONDS)
+                if self._neighbours is not None:
+                    until = min(until, self._neighbours.look_again(now))
                 with trio.move_on_at(until):
                     await self._stirred.wait()
 
@@ -276,10 +282,15 @@ class Fetcher:
             self._give_up(transfer, self._room.refusal, want.chunk)
             self._let_go(transfer)
         elif self._neighbours is not None and self._neighbours.send(transfer, want):
-            self._flying.set()
+            if self._neighbours.flights:
+                self._flying.set()
         elif self._locator is None:
             self._scheduler.finished(want)
             self._give_up(transfer, self._offline(transfer), want.chunk)
+            self._let_go(transfer)
+        elif (error := self._way.refusal(want.blob, now)) is not None:
+            self._scheduler.finished(want)
+            self._give_up(transfer, error, want.chunk)
             self._let_go(transfer)
         elif location is None or location.stale(time.time()):
             self._put_off(want, math.inf)
@@ -304,7 +315,7 @@ class Fetcher:
             self._scheduler.again(want)
             self._scheduler.hold(want.blob, until)
         else:
-            self._scheduler.again(want, until if until < math.inf else 0.0)
+            self._scheduler.again(want, min(until, trio.current_time() + PUT_OFF_SECONDS) if until < math.inf else 0.0)
 
     def _group(self, blob_id: object) -> Hashable:
         """Blobs of one snapshot take their turns together, so that a mount of many files has no more than one of a few."""
@@ -383,6 +394,7 @@ class Fetcher:
             transfer.sources.location = await self._locator.ask(
                 transfer, lambda: self._scheduler.wants(transfer.blob.id)
             )
+            self._way.located(transfer.blob.id)
         except MantaError as e:
             self._give_up_origin(transfer, e)
         finally:
@@ -393,13 +405,14 @@ class Fetcher:
 
     def _give_up_origin(self, transfer: Transfer, error: MantaError) -> None:
         """The hub does not say where the blob is: those are told who would need it, which with other nodes are not all."""
-        blob, until = transfer.blob.id, trio.current_time() + REFUSED_SECONDS
-        if self._neighbours is None or not self._neighbours.have(blob):
-            if isinstance(error, Denied | Absent):
-                transfer.refuse(error, until)
+        blob, now, refused = transfer.blob.id, trio.current_time(), isinstance(error, Denied | Absent)
+        if self._neighbours is None or not self._neighbours.may_help(transfer, refused=refused):
+            if refused:
+                transfer.refuse(error, now + REFUSED_SECONDS)
             self._give_up(transfer, error, None)
             return
-        self._way.refuse(blob, until)
+        self._way.refuse(blob, now, error)
+        transfer.trouble = error.message
         for chunk in self._scheduler.demanded(blob):
             if self._neighbours.leave_to_origin(blob, chunk):
                 self._scheduler.forget_chunk(blob, chunk)
@@ -438,8 +451,6 @@ class Fetcher:
 
     def members_changed(self) -> None:
         """Chunks have other owners, and perhaps other holders."""
-        if self._neighbours is not None:
-            self._neighbours.members_changed()
         self._stirred.set()
 
     def presence_changed(self) -> None:
@@ -448,9 +459,9 @@ class Fetcher:
 
     def heed_pause(self, origin: str, seconds: float) -> None:
         """Another node was asked by `origin` for a pause: it is the same quota, or will be."""
-        now = trio.current_time()
-        if self._throttles.until(origin, now + seconds) is None:
-            self._throttles.pause(origin, now + seconds)
+        if seconds > 0:
+            until = trio.current_time() + min(seconds, HEARD_SECONDS_MAX)
+            self._throttles.pause(origin, until, own=False)
 
     async def _carry_out(self, flight: Flight) -> None:
         transfer, want = flight.transfer, flight.want

@@ -6,7 +6,7 @@ Pure but for the clock it is given: `manta.swarm.choice` knows the members, `Ori
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,13 +43,18 @@ class Origin(Protocol):
         """Whether the chunk is not in the cache."""
         ...
 
+    def generation(self, blob: BlobId) -> int:
+        """Another number whenever chunks that were in the cache are not any more."""
+        ...
+
 
 @dataclass(slots=True)
 class _Plan:
     """In which order all of a blob comes: what this node owns first, so that nodes that start together each get another part from the
     origin; then the rest, each node beginning elsewhere."""
 
-    epoch: int
+    epoch: tuple[int, int]
+    """Of the members, and of the blob: what it was made from."""
     own: list[int]
     others: list[int]
 
@@ -66,15 +71,14 @@ class SwarmGate:
         self._credit = 0.0
         self._credited = float("-inf")
         self._plans: OrderedDict[BlobId, _Plan] = OrderedDict()
-        self._epoch = 0
-        self.behalf: set[tuple[BlobId, int]] = set()
-        """Chunks that another member wants us to fetch: it must not be sent on to a third."""
-        self.blocked = False
-        """Whether anything was held back since this was last set to False: ask again soon."""
+        self.behalf: Counter[tuple[BlobId, int]] = Counter()
+        """Chunks that other members want us to fetch, and how often: they must not be sent on to a third."""
+        self.blocked: Priority | None = None
+        """The most urgent of what was held back, though only time may change that, since this was last set to None: ask again soon."""
 
-    def members_changed(self) -> None:
-        """Chunks have other owners now."""
-        self._epoch += 1
+    def closed(self, blob: BlobId) -> None:
+        """Nothing of the blob is wanted any more; when it is next, its cache file may be another."""
+        self._plans.pop(blob, None)
 
     def source(self, blob: BlobId, chunk: int, priority: Priority) -> Source:
         """Where the chunk is to come from, if it goes now."""
@@ -99,11 +103,13 @@ class SwarmGate:
         match self.source(blob, chunk, priority):
             case Peer():
                 return True
-            case FromOrigin() if connection and self._origin.ready(blob):
+            case FromOrigin():
+                if not (connection and self._origin.ready(blob)):
+                    return False  # what ends that has the fetcher look again
                 # A reader hears why it cannot be asked; what nobody waits for can wait until it can.
                 if priority is Priority.DEMAND or self._origin.reachable(blob, self._clock()):
                     return True
-        self.blocked = True
+        self.blocked = priority if self.blocked is None else min(priority, self.blocked)
         return False
 
     def next_missing(self, blob: BlobId, free: Callable[[int], bool], *, connection: bool) -> int | None:
@@ -115,30 +121,33 @@ class SwarmGate:
 
     def _first(self, blob: BlobId, chunks: list[int], free: Callable[[int], bool], connection: bool) -> int | None:
         looked = passed = 0
-        for chunk in chunks:
+        for at, chunk in enumerate(chunks):
             if not self._origin.lacks(blob, chunk):
                 passed += 1
-                continue
-            if not free(chunk):
-                continue
-            if self.admits(blob, chunk, Priority.FILL, connection=connection):
-                return chunk
-            looked += 1
-            if looked >= BLOCKED_MAX:
-                break
-        if passed > BLOCKED_MAX:
+            elif free(chunk):
+                if self.admits(blob, chunk, Priority.FILL, connection=connection):
+                    return chunk
+                looked += 1
+                if looked >= BLOCKED_MAX and not connection:
+                    break  # they wait for one, in their order
+                if looked >= BLOCKED_MAX:
+                    # The next look begins behind these: they must not hide one that somebody has.
+                    chunks[:] = chunks[at + 1 :] + chunks[: at + 1]
+                    break
+        if passed:
             chunks[:] = [chunk for chunk in chunks if self._origin.lacks(blob, chunk)]
         return None
 
     def _plan(self, blob: BlobId) -> _Plan:
         plan = self._plans.get(blob)
-        if plan is None or plan.epoch != self._epoch or not (plan.own or plan.others):
+        epoch = self._choice.epoch, self._origin.generation(blob)
+        if plan is None or plan.epoch != epoch or not (plan.own or plan.others):
             missing = self._origin.missing(blob)
             own = self._choice.owned(str(blob), missing)
             mine = set(own)
             rest = [chunk for chunk in missing if chunk not in mine]
             at = score(self._choice.me, str(blob)) % len(rest) if rest else 0
-            plan = self._plans[blob] = _Plan(self._epoch, own, rest[at:] + rest[:at])
+            plan = self._plans[blob] = _Plan(epoch, own, rest[at:] + rest[:at])
         self._plans.move_to_end(blob)
         if len(self._plans) > ORDERS_MAX:
             self._plans.popitem(last=False)
@@ -147,7 +156,7 @@ class SwarmGate:
     # The rate --------------------------------------------------------------------------------------------------------
 
     def spend(self, count: int) -> None:
-        """So many bytes are ordered from another node."""
+        """So many bytes are ordered from another node; less than 0: they did not come."""
         self._credit -= count
 
     def _may_spend(self, now: float) -> bool:

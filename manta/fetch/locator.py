@@ -14,7 +14,7 @@ import trio
 from manta.errors import Corrupt, MantaError, Throttled, Unavailable
 from manta.fetch.retry import ATTEMPTS_MAX, PAUSE_SECONDS, PAUSE_SECONDS_MAX, REFUSALS_MAX
 from manta.fetch.sources import Provenance
-from manta.fetch.throttle import Throttles
+from manta.fetch.throttle import HEARD_SECONDS_MAX, Throttles
 from manta.fetch.transfer import Transfer
 from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuits
@@ -76,7 +76,8 @@ class Locator:
                     if (told := await self._shared(provenance)) is not None:
                         return told
                 except Throttled as e:
-                    self._throttles.pause(self.origin, trio.current_time() + max(e.retry_after_s, PAUSE_SECONDS))
+                    pause_s = min(max(e.retry_after_s, PAUSE_SECONDS), HEARD_SECONDS_MAX)
+                    self._throttles.pause(self.origin, trio.current_time() + pause_s, own=False)
             await self._until_it_may_be_asked(transfer, wanted)
             deadline_s = self._deadline_s if attempts else min(self._deadline_s, FIRST_ANSWER_SECONDS_MAX)
             began = trio.current_time()

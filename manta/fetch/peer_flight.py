@@ -67,6 +67,8 @@ class PeerFlight:
         """Bytes of the chunk."""
         of_chunk = transfer.blob.grid.extent(want.chunk)
         self._extents = transfer.gaps(want.chunk, [of_chunk])
+        self.whole = self._extents == [of_chunk]
+        """All of the chunk comes from there. Otherwise bytes that were here before may be what is wrong."""
         self.course = Course(trio.current_time(), sum(map(len, self._extents)))
         self.heard = self.course.began
         """When anything came of it last: bytes, or word that it is being fetched."""
@@ -115,6 +117,7 @@ class PeerFlight:
             self.heard = trio.current_time()
             if upto > at:
                 self.course.progress(upto - at, self.heard)
+                self.transfer.coming(upto - at)
                 self.told.came(upto - at)
 
         with blob.descriptor(writing=True) as fd:

@@ -6,6 +6,7 @@ whatever comes of it, the chunk is wanted again or is there, and what was learne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,9 @@ from manta.wire.messages import Failed, Fetched
 
 BLOCKED_SECONDS = 0.05
 """How soon is looked again at chunks that nobody had time for: an upload slot gets free after tens of milliseconds."""
+
+BLOCKED_SECONDS_MAX = 1.0
+"""And where no reader is near them and nothing came of looking: twice as long each time, up to this."""
 
 
 class Peers(Protocol):
@@ -90,24 +94,33 @@ class PeerOrders:
         self._driver = driver
         self._telemetry = telemetry
         self._stragglers = Stragglers()
+        self._pause_s = BLOCKED_SECONDS
 
     # What is asked ---------------------------------------------------------------------------------------------------
 
-    def held_back(self) -> bool:
-        """Whether chunks were held back because nobody had time for them, since this was asked last."""
-        blocked, self._gate.blocked = self._gate.blocked, False
-        return blocked
+    def look_again(self, now: float) -> float:
+        """When to look again at what was held back because nobody had time for it; infinity where nothing was since this was asked last."""
+        blocked, self._gate.blocked = self._gate.blocked, None
+        if blocked is None:
+            return math.inf
+        pause_s = BLOCKED_SECONDS
+        if blocked >= Priority.PREFETCH:
+            pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, BLOCKED_SECONDS_MAX)
+        return now + pause_s
 
-    def have(self, blob: BlobId) -> bool:
-        """Whether any member is believed to have any of it."""
-        return self._peers.choice.anybody_has(str(blob))
+    def may_help(self, transfer: Transfer, *, refused: bool) -> bool:
+        """Whether any of it may come from members, now that the hub does not tell us where it is. `refused`: it would tell them no more."""
+        choice, now = self._peers.choice, trio.current_time()
+        if any(flight.transfer is transfer for flight in self.flights):
+            return True
+        return choice.anybody_has(str(transfer.blob.id), now) or (not refused and choice.anybody(now))
 
     def may_give(self, transfer: Transfer, chunks: list[int]) -> bool:
         """Whether one is believed to have any of `chunks`, or is asked to fetch it before any other has failed to."""
         blob, now, choice = str(transfer.blob.id), trio.current_time(), self._peers.choice
         coming = {flight.want.chunk for flight in self.flights if flight.transfer is transfer}
         return any(
-            choice.holders(blob, chunk) or (chunk in coming and not choice.in_vain(blob, chunk, now)) for chunk in chunks
+            choice.held(blob, chunk, now) or (chunk in coming and not choice.in_vain(blob, chunk, now)) for chunk in chunks
         )
 
     def leave_to_origin(self, blob: BlobId, chunk: int) -> bool:
@@ -120,8 +133,9 @@ class PeerOrders:
         """It is being fetched: who has which of its chunks is of interest."""
         self._peers.touch(transfer.blob.id, transfer.blob.size)
 
-    def members_changed(self) -> None:
-        self._gate.members_changed()
+    def closed(self, blob: BlobId) -> None:
+        """Nothing of it is wanted any more."""
+        self._gate.closed(blob)
 
     def note_origin(self, transfer: Transfer, count: int) -> None:
         """So many bytes of it came from the origin."""
@@ -136,25 +150,28 @@ class PeerOrders:
     def on_behalf(self, blob: BlobId, chunk: int) -> Iterator[None]:
         """Meanwhile the chunk is not asked of a member who would have to fetch it: another one waits for us to do that."""
         key = blob, chunk
-        first = key not in self._gate.behalf
-        self._gate.behalf.add(key)
+        self._gate.behalf[key] += 1
         try:
             yield
         finally:
-            if first:
-                self._gate.behalf.discard(key)
+            self._gate.behalf[key] -= 1
+            if not self._gate.behalf[key]:
+                del self._gate.behalf[key]
 
     # Orders ----------------------------------------------------------------------------------------------------------
 
     def look(self, now: float) -> None:
         """Which members are silent, and which orders to take elsewhere."""
         flights = {flight.course: flight for flight in self.flights}
-        self._peers.choice.set_silent({flight.node for flight in self.flights if flight.silent(now)})
+        self._note_silent(now)
         for course, flight in flights.items():
             self.touch(flight.transfer)
             stuck = now - flight.heard > URGENT_SECONDS
             if flight.wanted and (stuck or self._stragglers.slow(course, flights, now)):
                 flight.give_up()
+
+    def _note_silent(self, now: float) -> None:
+        self._peers.choice.set_silent({flight.node for flight in self.flights if flight.silent(now)})
 
     def send(self, transfer: Transfer, want: Want) -> bool:
         """Orders it from another node, where that is the place to ask; or from nobody, where nobody has time. False: it is the origin's."""
@@ -165,6 +182,7 @@ class PeerOrders:
             return True
         if not isinstance(source, Peer) or contact is None:
             return False
+        self._pause_s = BLOCKED_SECONDS
         flight = PeerFlight(self._workers, transfer, want, contact, source.pull, self._telemetry)
         self.flights.add(flight)
         self._peers.choice.begin(source.node)
@@ -193,8 +211,10 @@ class PeerOrders:
         finally:
             self._note(transfer, flight.course.came, peer=True)
             flight.told.ended()
+            self._gate.spend(flight.course.came - flight.course.wanted)  # a refusal costs nothing
             del transfer.watchers[want.chunk]
             self.flights.discard(flight)
+            self._note_silent(trio.current_time())  # nobody looks any more where that was the last
         self._driver.peer_order_ended(transfer)
 
     def _after_success(self, flight: PeerFlight, answer: Fetched) -> None:
@@ -241,8 +261,9 @@ class PeerOrders:
             flight.told.blamed()
             transfer.trouble = failure.message
             if failure.reason == "corrupt":
-                choice.lied(flight.node, now)
-                self._peers.wrong(flight.node, transfer, want.chunk)
+                if flight.whole:
+                    choice.lied(flight.node, now)
+                    self._peers.wrong(flight.node, transfer, want.chunk)
                 transfer.distrust(want.chunk)
         self._scheduler.again(want)
 

@@ -46,8 +46,9 @@ OTHER_ORDERS_MAX = 2
 """Orders for readahead and background work, as a multiple of the connections: as many silent ones as others."""
 
 
-BLOCKED_MAX = 64
-"""Chunks of a blob, and blobs, that are passed over in one look because nobody has time for them now."""
+BLOCKED_MAX = 32
+BLOCKED_BLOBS_MAX = 16
+"""Chunks of a blob, and blobs, that are passed over in one look because nobody has time for them now. The next look begins behind them."""
 
 
 class Priority(enum.IntEnum):
@@ -346,7 +347,7 @@ class Scheduler:
     def _take_turn(self, priority: Priority, room: bool, *, only_first: bool = False) -> Want | None:
         """The want of the blob whose turn it is. `room`: the origin may be asked; with `only_first` for a blob that has no order for a
         reader there."""
-        rotation, barren, taken, blocked = self._ready[priority], list[BlobId](), None, 0
+        rotation, barren, taken, blocked = self._ready[priority], list[BlobId](), None, list[BlobId]()
         for blob in rotation if room or self._gate is not None else ():
             queues = self._blobs[blob]
             connection = room and not (only_first and self._asked_for_reader(blob, queues))
@@ -359,9 +360,12 @@ class Scheduler:
             if self._gate is None or not queues.has(priority):
                 barren.append(blob)
                 continue
-            blocked += 1
-            if blocked >= BLOCKED_MAX:
+            blocked.append(blob)
+            if len(blocked) >= BLOCKED_BLOBS_MAX:
                 break
+        if len(blocked) >= BLOCKED_BLOBS_MAX:
+            for blob in blocked:
+                rotation.served(self._blobs[blob].group, blob)  # they must not hide one that may go
         for blob in barren:
             rotation.discard(self._blobs[blob].group, blob)
             self._drop_if_idle(blob)
@@ -420,14 +424,18 @@ class Scheduler:
         connection: bool,
     ) -> int | None:
         """The first chunk of `window` that may go. Those before it that are not missing or `wanted` any more are dropped."""
-        blocked = 0
+        blocked = list[int]()
         for chunk in list(window):
             if self._missing(blob, chunk) != chunk or not wanted(chunk):
                 del window[chunk]
             elif self._gate is None or self._gate.admits(blob, chunk, priority, connection=connection):
                 return chunk
-            elif (blocked := blocked + 1) >= BLOCKED_MAX:
-                break
+            else:
+                blocked.append(chunk)
+                if len(blocked) >= BLOCKED_MAX:
+                    for passed in blocked:
+                        window.move_to_end(passed)  # they must not hide one that may go
+                    break
         return None
 
     def _take_ahead(self, blob: BlobId, queues: _Queues, connection: bool) -> Want | None:

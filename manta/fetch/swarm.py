@@ -115,7 +115,7 @@ class Listener(Protocol):
 
     def heed_pause(self, origin: str, seconds: float) -> None: ...
 
-    def pauses(self) -> dict[str, float]: ...
+    def own_pauses(self) -> dict[str, float]: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -277,7 +277,7 @@ class Swarm:
                 told = wanted
                 self.choice.follow((blob for blob, _ in told), now)
                 await self._send(Follow(0, told))
-            await self._send(OwnPauses(0, self._listener.pauses()))
+            await self._send(OwnPauses(0, self._listener.own_pauses()))
             with trio.move_on_after(1.0):
                 await self._follow_changed.wait()
 

@@ -172,18 +172,23 @@ class Transfer:
             await self.ensure(of_chunk)
         with trio.move_on_after(self._patience_s):
             while not self.blob.has(chunk):
+                if self.broken is not None:
+                    raise self.broken
                 waiter = _Waiter(of_chunk)
                 self._waiters.add(waiter)
                 try:
                     self._scheduler.want_rest(self.blob.id, chunk)
                     self._asked(self)
-                    await waiter.woken.wait()
+                    # Asked for again now and then: the failure of another chunk ends all background work on the blob.
+                    with trio.move_on_after(PATIENCE_S):
+                        await waiter.woken.wait()
                 finally:
                     self._waiters.discard(waiter)
                 if waiter.error is not None:
                     raise waiter.error
             return
-        raise Unavailable(f"{self.name}: chunk {chunk} did not come within {self._patience_s:g} s.")
+        why = self.trouble or "the origin or the network is too slow or stuck"
+        raise Unavailable(f"{self.name}: chunk {chunk} did not come within {self._patience_s:g} s: {why.rstrip('.')}.")
 
     def look_ahead(self, owner: Hashable, chunks: range, beyond: Extent) -> None:
         """Has `chunks` fetched soon, instead of those before: the reader `owner`, who now reads `beyond`, will want them."""
@@ -278,6 +283,10 @@ class Transfer:
         self.came += upto - at
         self.trouble = ""
         self.wake()
+
+    def coming(self, count: int) -> None:
+        """So many bytes came from another node, which are not to be read yet."""
+        self.came += count
 
     def recorded(self, chunk: int) -> None:
         """The chunk is complete and in the chunk map."""

@@ -42,13 +42,29 @@ UNABLE_SECONDS = 5.0
 BUSY_SECONDS = 0.2
 """The pause where a member has no slot and does not say for how long: a chunk takes 0.07 s at 1 Gbit/s, and eight share the link."""
 
+BUSY_SECONDS_MIN = 0.05
+BUSY_SECONDS_MAX = 2.0
+"""What a member may say: one that says less would be asked as fast as it answers, one that says more would keep a chunk from coming."""
+
+CROWDED_SECONDS = 15.0
+"""How long a reader's chunk waits for members that have it and no time, before it comes from the origin: well within a reader's patience.
+Eight slots that share 100 Mbit/s go round in 5 s."""
+
+_ASKED_SECONDS = 5.0
+"""A reader's chunk that was not asked about for this long is not waited for any more."""
+
 SETTLE_SECONDS = 1.0
 """How long a new blob's chunks are not fetched from the origin while it is not known yet who has them. Members answer in milliseconds."""
 
 CHUNKS_MAX = 8192
 """Chunks of which hints and refusals are kept."""
 
+GONE_MAX = 1024
+"""Members that left of which it is remembered how they were."""
+
 _LEARNING = 0.3
+_LEARNING_BYTES_MIN = 256 * 1024
+"""A transfer of less says nothing of a link: a file of 1 KB in 1 ms would look like 1 MB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +113,10 @@ class _Hints:
     not_before: dict[str, float] = field(default_factory=dict)
     """Members that lack it or could not fetch it."""
     busy_until: dict[str, float] = field(default_factory=dict)
+    waiting_since: float = float("-inf")
+    """Since when a reader waits for members that have it and no time."""
+    waited: float = float("-inf")
+    """When that was seen last."""
 
 
 class Choice:
@@ -116,6 +136,8 @@ class Choice:
         self._rankings: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
         self.in_flight = 0
         """Chunks that are being asked for."""
+        self.epoch = 0
+        """Another number whenever chunks have other owners."""
         self.joining_until = float("-inf")
         """Until then it is not known yet who the members are: nothing goes to the origin that one of them may have, or own."""
 
@@ -130,11 +152,16 @@ class Choice:
             self._gone[node] = self._members.pop(node)
             for have in self._have.values():
                 have.pop(node, None)
-            if len(self._gone) > CHUNKS_MAX:
-                self._gone.popitem(last=False)
+        while len(self._gone) > GONE_MAX:
+            # Not those who still are asked for something: they would come back with less than nothing in flight.
+            idle = next((node for node, member in self._gone.items() if not member.in_flight), None)
+            if idle is None:
+                break
+            del self._gone[idle]
         for node in sorted(wanted - self._members.keys()):
             self._members[node] = self._gone.pop(node) if node in self._gone else _Member()
         self._rankings.clear()
+        self.epoch += 1
 
     @property
     def members(self) -> Iterator[str]:
@@ -168,9 +195,17 @@ class Choice:
         hints = self._hints.get((blob, chunk))
         return found if hints is None else [*found, *(n for n in hints.holders if n not in found)]
 
-    def anybody_has(self, blob: str) -> bool:
-        """Whether any member is believed to have any of it."""
-        return any(any(have) for have in self._have.get(blob, {}).values())
+    def anybody_has(self, blob: str, now: float) -> bool:
+        """Whether any member that may be asked now is believed to have any of it."""
+        return any(any(have) and self.usable(node, now) for node, have in self._have.get(blob, {}).items())
+
+    def held(self, blob: str, chunk: int, now: float) -> bool:
+        """Whether any member that may be asked now is believed to have it."""
+        return any(self.usable(node, now) for node in self.holders(blob, chunk))
+
+    def anybody(self, now: float) -> bool:
+        """Whether any member may be asked now."""
+        return any(self.usable(node, now) for node in self._members)
 
     def in_vain(self, blob: str, chunk: int, now: float) -> bool:
         """Whether a member was asked for the chunk a moment ago and could not fetch it."""
@@ -201,16 +236,14 @@ class Choice:
             free = [node for node in holding if self._has_time(node, hints, now, urgent)]
             if free:
                 return Peer(self._best(free, blob, chunk), pull=False)
-            return NOT_NOW
+            return ORIGIN if urgent and origin and self._crowded(blob, chunk, now) else NOT_NOW
         ranked = self._ranked(blob, chunk)
         place = ranked.index(self.me) if self.me in ranked else len(ranked)
         if behalf or place == 0:
             return self._own(blob, chunk, ranked, hints, now, origin=origin, urgent=urgent, behalf=behalf)
         asked = 0
         for node in ranked:
-            if node == self.me:
-                return ORIGIN if origin or asked >= OWNERS else self._else(ranked, hints, now, urgent)
-            if asked >= OWNERS:
+            if node == self.me or asked >= OWNERS:
                 break
             if not self.usable(node, now):
                 continue  # whoever is next owns it meanwhile
@@ -219,6 +252,14 @@ class Choice:
                 continue
             return Peer(node, pull=True) if self._has_time(node, hints, now, urgent) else NOT_NOW
         return ORIGIN if origin else self._else(ranked, hints, now, urgent)
+
+    def _crowded(self, blob: str, chunk: int, now: float) -> bool:
+        """Whether a reader has waited long enough for members that have it and no time."""
+        hints = self._hint(blob, chunk)
+        if now > hints.waited + _ASKED_SECONDS:
+            hints.waiting_since = now
+        hints.waited = now
+        return now >= hints.waiting_since + CROWDED_SECONDS
 
     def _own(
         self,
@@ -288,29 +329,30 @@ class Choice:
     def begin(self, node: str) -> None:
         """`node` is asked for a chunk. One of the following must follow, or `end`."""
         self.in_flight += 1
-        if (member := self._members.get(node) or self._gone.get(node)) is not None:
+        if (member := self._known(node)) is not None:
             member.in_flight += 1
 
     def end(self, node: str) -> None:
         """It was cancelled."""
         self.in_flight -= 1
-        if (member := self._members.get(node) or self._gone.get(node)) is not None:
+        if (member := self._known(node)) is not None:
             member.in_flight -= 1
 
     def got(self, node: str, blob: str, chunk: int, size: int, seconds: float) -> None:
         """All `size` bytes came, in `seconds` from the first to the last."""
         self.end(node)
         self._hints.pop((blob, chunk), None)
-        if (member := self._members.get(node)) is not None:
+        if (member := self._known(node)) is not None:
             member.failures, member.silent = 0, False
-            rate = size / max(seconds, 1e-3)
-            member.rate = rate if not member.rate else member.rate + _LEARNING * (rate - member.rate)
+            if size >= _LEARNING_BYTES_MIN:
+                rate = size / max(seconds, 1e-3)
+                member.rate = rate if not member.rate else member.rate + _LEARNING * (rate - member.rate)
 
     def busy(self, node: str, blob: str, chunk: int, holders: Iterable[str], now: float, retry_s: float = 0.0) -> None:
         """`node` has no slot, and names members that may have it."""
         self.end(node)
         hints = self._hint(blob, chunk)
-        hints.busy_until[node] = now + (retry_s or BUSY_SECONDS)
+        hints.busy_until[node] = now + min(max(retry_s or BUSY_SECONDS, BUSY_SECONDS_MIN), BUSY_SECONDS_MAX)
         for holder in holders:
             if holder in self._members:
                 hints.holders[holder] = None
@@ -328,13 +370,15 @@ class Choice:
     def failed(self, node: str, now: float) -> None:
         """It did not answer, broke off, or refused us."""
         self.end(node)
-        if (member := self._members.get(node)) is not None:
+        member = self._known(node)
+        if member is not None and now >= member.avoid_until:
+            # What was under way when it failed fails too: that is one failure. And a liar stays one.
             member.failures += 1
-            member.avoid_until = now + min(AVOID_SECONDS * 2 ** (member.failures - 1), AVOID_SECONDS_MAX)
+            member.avoid_until = now + min(AVOID_SECONDS * 2.0 ** min(member.failures - 1, 16), AVOID_SECONDS_MAX)
 
     def lied(self, node: str, now: float) -> None:
         """It sent wrong bytes. To be called beside the others: it may turn out later."""
-        if (member := self._members.get(node) or self._gone.get(node)) is not None:
+        if (member := self._known(node)) is not None:
             member.avoid_until = now + LIAR_SECONDS
 
     def set_silent(self, nodes: Iterable[str]) -> None:
@@ -352,6 +396,10 @@ class Choice:
     def avoided(self, now: float) -> list[str]:
         """The members that are not asked now."""
         return [node for node in self._members if not self.usable(node, now)]
+
+    def _known(self, node: str) -> _Member | None:
+        """Also one that left: it may come back, and what it was asked for ends meanwhile."""
+        return self._members.get(node) or self._gone.get(node)
 
     def _lacking(self, node: str, blob: str, chunk: int, until: float) -> None:
         hints = self._hint(blob, chunk)

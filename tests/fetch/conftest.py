@@ -20,6 +20,7 @@ from manta.cache.store import Store
 from manta.config import FetchConfig
 from manta.errors import MantaError
 from manta.fetch.fetcher import Fetcher
+from manta.fetch.peer_orders import Peers
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
 from manta.fetch.transfer import Transfer
@@ -94,7 +95,16 @@ class File:
 class World:
     """Everything the fetcher needs. Use `running`."""
 
-    def __init__(self, directory: Path, *, boot_id: bytes = BOOT, offline: bool = False, **config: float | int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        boot_id: bytes = BOOT,
+        offline: bool = False,
+        peers: Peers | None = None,
+        peer_rate: int = 0,
+        **config: float | int,
+    ) -> None:
         self.store = Store(directory, chunk_size=CHUNK, boot_id=boot_id)
         self.workers = FakeWorkers()
         self.failures: list[tuple[Provenance, MantaError]] = []
@@ -105,7 +115,15 @@ class World:
         self.hub = HubAddresses()
         origin = None if offline else cast(Origin, self.hub)
         self.fetcher = Fetcher(
-            self.store, self.workers, origin, self.config, self.fail, self.sealer.grown, telemetry=self.telemetry
+            self.store,
+            self.workers,
+            origin,
+            self.config,
+            self.fail,
+            self.sealer.grown,
+            telemetry=self.telemetry,
+            peers=peers,
+            peer_rate=peer_rate,
         )
         self.nursery: trio.Nursery
 
@@ -185,6 +203,7 @@ class World:
         assert not self.sealer._following
         assert not self.store._open
         assert not self.fetcher._flights
+        assert not self.fetcher.peer_orders
 
 
 def assert_fit_to_read(error: MantaError) -> None:

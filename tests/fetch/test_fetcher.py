@@ -16,7 +16,6 @@ from trio.testing import MockClock
 
 from manta.cache.digests import chunk_digest
 from manta.errors import Absent, CacheBroken, Corrupt, Denied, MantaError, NoSpace, Unavailable
-from manta.fetch.fetcher import REFUSED_SECONDS
 from manta.fetch.locator import FIRST_ANSWER_SECONDS_MAX, LOCATING_MAX
 from manta.fetch.pacing import CONNECTIONS_FIRST
 from manta.fetch.retry import ATTEMPTS_MAX, REFUSALS_MAX
@@ -24,6 +23,7 @@ from manta.fetch.scheduler import Priority
 from manta.fetch.sources import Provenance
 from manta.fetch.stragglers import SILENCE_SECONDS
 from manta.fetch.transfer import LATE_SECONDS
+from manta.fetch.way import REFUSED_SECONDS
 from manta.model.extents import Extent
 from manta.model.snapshot import FileEntry
 from manta.telemetry.events import Opener

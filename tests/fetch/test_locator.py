@@ -9,8 +9,8 @@ import trio
 from trio.testing import MockClock
 
 from manta.errors import Denied, Unavailable
-from manta.fetch.fetcher import REFUSED_SECONDS
 from manta.fetch.sources import Provenance
+from manta.fetch.way import REFUSED_SECONDS
 from manta.hub.circuit import PATIENCE_S, PROBE_S
 from manta.model.ids import BlobId, RepoId, RepoKind
 from manta.testing.workers import failed
