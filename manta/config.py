@@ -31,6 +31,9 @@ SOCKET_PATH_MAX = 107
 SWARM_KEY_VARIABLE = "MANTA_SWARM_KEY"
 """The cluster's shared key, instead of `swarm.key_file`. Like the hub's token it is in no section."""
 
+PEERS_CHARACTERS_MAX = 32 * 1024
+"""Of `swarm.peers`: 1,500 addresses. More nodes than that are found by a name."""
+
 FUSE_FEATURES = ("passthrough", "resend", "readdirplus", "max_pages")
 """What `fuse.without` may name."""
 
@@ -477,6 +480,8 @@ def parse_peers(text: str) -> tuple[str, tuple[str, ...]]:
     text = text.strip()
     if not text:
         return "", ()
+    if len(text) > PEERS_CHARACTERS_MAX:
+        raise ValueError
     kind, colon, rest = text.partition(":")
     named = tuple(part.strip() for part in rest.split(",") if part.strip())
     if kind == "kubernetes":
@@ -487,7 +492,7 @@ def parse_peers(text: str) -> tuple[str, tuple[str, ...]]:
     if kind not in {"static", "dns"} or not colon or not named or (kind == "dns" and len(named) != 1):
         raise ValueError
     for address in named:
-        if (parsed := parse_address(address)) is None or parsed.path:
+        if (parsed := parse_address(address)) is None or not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", parsed.host):
             raise ValueError
     return kind, named
 

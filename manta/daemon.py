@@ -45,7 +45,7 @@ from manta.control.protocol import (
     VerifyRequest,
 )
 from manta.control.server import ControlServer
-from manta.errors import Absent, Corrupt, InUse, Invalid, MantaError, NotRunning, Unavailable
+from manta.errors import Absent, Corrupt, InUse, MantaError, NotRunning, Unavailable
 from manta.fetch.fetcher import Fetcher
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
@@ -75,7 +75,7 @@ from manta.operations.sharing import Sharing
 from manta.operations.verification import Verification
 from manta.operations.watchdog import Watchdog
 from manta.swarm.auth import PAGE_SECONDS_MAX, sign_page
-from manta.swarm.keys import is_loopback, read_keys
+from manta.swarm.keys import check, read_keys
 from manta.telemetry import logs
 from manta.telemetry.events import PeerSource, Telemetry
 from manta.telemetry.metrics import CONTENT_TYPE, QuotaLeft, State
@@ -273,20 +273,15 @@ class Daemon:
 
     def _join(self) -> Swarm | None:
         """The other nodes, where the configuration names any. Raises what makes that impossible."""
-        config, directory = self._config.swarm, self._store.layout
+        config = self._config.swarm
         if not config.peers:
             return None
 
         def keys() -> tuple[bytes, ...]:
             return read_keys(config.key_file, os.environ)
 
-        listen = parse_address(config.listen)
-        if not keys() and listen is not None and not is_loopback(listen.host):
-            raise Invalid(
-                f"This node would serve others at {config.listen} without a key: everybody there could read the cache. Give all nodes"
-                " the same key (swarm.key_file, or MANTA_SWARM_KEY; `openssl rand -hex 32` makes one), or listen on 127.0.0.1."
-            )
-        return Swarm(config, node_id(directory), str(self._config.cache.dir), keys, self._telemetry)
+        check(config, keys())
+        return Swarm(config, node_id(self._store.layout), str(self._config.cache.dir), keys, self._telemetry)
 
     def _neighbours(self) -> Neighbours | None:
         swarm = self._swarm

@@ -48,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"errors", "model", "config", "control", "keeper"},
     # The composition root, the fakes, and `python -m manta`.
     "daemon": {
-        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry", "swarm.auth", "swarm.keys",
+        "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry", "swarm.auth",
+        "swarm.keys",
     },
     "testing": {"errors", "model", "config", "cache", "wire", "fetch", "worker", "control.client"},
     "__main__": {"cli"},
@@ -245,6 +246,7 @@ def test_tests_mirror_what_they_test() -> None:
             "control",
             "cli",
             "telemetry",
+            "swarm",
         )
         for path in sources(f"tests/{part}")
         if path.name.startswith("test_")

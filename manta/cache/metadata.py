@@ -35,6 +35,9 @@ _TREE_SUFFIX = ".json.lz4"
 TREE_BYTES_MAX = 256 * 1024**2
 """Of a stored tree, unpacked: 250,000 files take about 50 MB. What another node sends may claim to be anything."""
 
+SIZE_MAX = 16 * 1024**4
+"""Of a file: what the filesystem of a cache holds, and above any that the hub takes."""
+
 _NAME_BYTES_MAX = 200
 """A file name may have 255 bytes; a quoted revision that is longer than this is named by its hash instead. The file holds it in full."""
 
@@ -223,8 +226,10 @@ def decode_snapshot(data: bytes, repo: RepoId, commit: Commit) -> Snapshot:
         _expect((unpacker.eof, unpacker.unused_data or b""), (True, b""))
         stored = _snapshot_decoder.decode(plain)
         _expect((stored.version, stored.repo, stored.commit), (_VERSION, str(repo), commit))
+        _expect(all(0 <= f.size <= SIZE_MAX for f in stored.files), True)
         files = [FileEntry(f.path, f.size, parse_blob_id(f.blob) if f.blob else None, f.git_oid) for f in stored.files]
     except (RuntimeError, EOFError, msgspec.DecodeError, UnicodeDecodeError, Invalid) as error:
+        # RuntimeError: what lz4 raises, and what is nested too deep.
         raise Invalid(str(error)) from error
     return Snapshot.of(repo, commit, files, gated=stored.gated, private=stored.private)
 

@@ -127,6 +127,7 @@ class Fetcher:
             self._neighbours = PeerOrders(peers, gate, workers, self._scheduler, self, self._telemetry)
         self._flights: set[Flight] = set()
         self._flying = trio.Event()  # replaced when nothing is under way
+        self._located = trio.Event()  # replaced when the hub has said where something is, or not
         self._stirred = trio.Event()
         self._nursery: trio.Nursery
         self.origin_meter = Meter()
@@ -392,16 +393,21 @@ class Fetcher:
         assert self._locator is not None
         try:
             transfer.sources.location = await self._locator.ask(
-                transfer, lambda: self._scheduler.wants(transfer.blob.id)
+                transfer, lambda: self._scheduler.wants(transfer.blob.id), shared=not transfer.sources.misled
             )
             self._way.located(transfer.blob.id)
         except MantaError as e:
             self._give_up_origin(transfer, e)
         finally:
-            transfer.locating = False
-            self._scheduler.release(transfer.blob.id)
-            self._stirred.set()
+            self._end_locating(transfer)
             self._let_go(transfer)
+
+    def _end_locating(self, transfer: Transfer) -> None:
+        transfer.locating = False
+        self._located.set()
+        self._located = trio.Event()
+        self._scheduler.release(transfer.blob.id)
+        self._stirred.set()
 
     def _give_up_origin(self, transfer: Transfer, error: MantaError) -> None:
         """The hub does not say where the blob is: those are told who would need it, which with other nodes are not all."""
@@ -436,15 +442,24 @@ class Fetcher:
         return next((f.node for f in flights if f.want.key == (blob, chunk)), "")
 
     async def locate(self, provenance: Provenance) -> Location:
-        """Where the bytes are, for another node: asked of the hub where it is not known. Raises what the hub says."""
-        assert self._locator is not None
+        """Where the bytes are, for other nodes: asked of the hub where it is not known, once for all who ask. Raises what the hub says."""
+        if self._locator is None:
+            raise Unavailable("This node is offline, and asks the hub nothing.")
         transfer = self.open(provenance)
         try:
+            asked_already = transfer.locating
+            while transfer.locating:
+                await self._located.wait()
             location = transfer.sources.location
-            if location is None or location.stale(time.time()):
-                location = await self._locator.ask(transfer, lambda: True, shared=False)
-                transfer.sources.location = location
-                self._stirred.set()
+            if asked_already and location is None:
+                raise Unavailable(f"The hub did not say where {provenance} is.")
+            if location is None or location.told or location.stale(time.time()):
+                transfer.locating = True
+                try:
+                    location = await self._locator.ask(transfer, lambda: True, shared=False)
+                    transfer.sources.location = location
+                finally:
+                    self._end_locating(transfer)
             return location
         finally:
             self.close(transfer)
@@ -552,8 +567,11 @@ class Fetcher:
             self._pacer.lost(now)
         if failure.reason == "corrupt":
             transfer.distrust(want.chunk)
-        if verdict.relocate and transfer.sources.location is flight.location:
+        if (
+            verdict.relocate or (flight.location.told and failure.reason == "unavailable")
+        ) and transfer.sources.location is flight.location:
             transfer.sources.location = None
+            transfer.sources.misled = flight.location.told or transfer.sources.misled
         if not verdict.retry:
             self._scheduler.finished(want)
             kind = BY_CODE.get(failure.reason, Unavailable)

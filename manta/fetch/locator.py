@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from urllib.parse import urlsplit
 
 import trio
 
-from manta.errors import Corrupt, MantaError, Throttled, Unavailable
+from manta.errors import Corrupt, Invalid, MantaError, Throttled, Unavailable
 from manta.fetch.retry import ATTEMPTS_MAX, PAUSE_SECONDS, PAUSE_SECONDS_MAX, REFUSALS_MAX
 from manta.fetch.sources import Provenance
 from manta.fetch.throttle import HEARD_SECONDS_MAX, Throttles
@@ -73,7 +74,7 @@ class Locator:
             if shared and self._shared is not None:
                 shared = False  # once: then we ask ourselves
                 try:
-                    if (told := await self._shared(provenance)) is not None:
+                    if (told := await self._shared(provenance)) is not None and self._believable(told):
                         return told
                 except Throttled as e:
                     pause_s = min(max(e.retry_after_s, PAUSE_SECONDS), HEARD_SECONDS_MAX)
@@ -110,6 +111,20 @@ class Locator:
             attempts = 0
             if len(refusals) >= ATTEMPTS_MAX or not sources.turn_to(provenance, refusals, self._elsewhere):
                 raise next(iter(refusals.values()))
+
+    def _believable(self, told: Location) -> bool:
+        """Whether that can be where the hub has bytes: as with the hub's own word, nothing unencrypted where it is not; and where it is,
+        nowhere else but there. Whoever has the cluster's key must not send us to what only this machine can reach.
+        """
+        try:
+            encrypted = told.origin.startswith("https:")
+        except Invalid:
+            return False
+        if set(told.headers) - {"user-agent", "accept-encoding"}:
+            return False
+        return encrypted or (
+            not self.origin.startswith("https:") and urlsplit(told.url).hostname == urlsplit(self.origin).hostname
+        )
 
     def _request(self, provenance: Provenance) -> tuple[str, dict[str, str]]:
         request = self._origin.location_request(

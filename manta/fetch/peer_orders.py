@@ -120,7 +120,8 @@ class PeerOrders:
         blob, now, choice = str(transfer.blob.id), trio.current_time(), self._peers.choice
         coming = {flight.want.chunk for flight in self.flights if flight.transfer is transfer}
         return any(
-            choice.held(blob, chunk, now) or (chunk in coming and not choice.in_vain(blob, chunk, now)) for chunk in chunks
+            choice.held(blob, chunk, now) or (chunk in coming and not choice.in_vain(blob, chunk, now))
+            for chunk in chunks
         )
 
     def leave_to_origin(self, blob: BlobId, chunk: int) -> bool:

@@ -16,11 +16,15 @@ from typing import Generic, TypeVar
 
 import trio
 
+from manta.config import SWARM_KEY_VARIABLE
 from manta.telemetry.logs import fields
 from manta.wire.channel import Closed, pair, receive_nowait, send_nowait
 from manta.wire.messages import Message, encode
 
 log = logging.getLogger(__name__)
+
+SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", SWARM_KEY_VARIABLE})
+"""Variables that no child gets: what it needs of them comes by its socket, and one of them talks to strangers."""
 
 COMPLAINT_BYTES_MAX = 16 * 1024
 COMPLAINT_SECONDS = 0.05
@@ -98,6 +102,7 @@ def spawn(
                 # -P: whatever lies in the directory where the daemon was started must not stand in for a module.
                 [sys.executable, "-P", "-m", module, *arguments, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                env={name: value for name, value in os.environ.items() if name not in SECRETS},
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
             )

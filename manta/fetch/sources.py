@@ -35,6 +35,8 @@ class Sources:
     def __init__(self) -> None:
         self._provenances: list[Provenance] = []
         self.location: Location | None = None
+        self.misled = False
+        """What another node said of the location was of no use: the hub is asked."""
 
     def add(self, provenance: Provenance) -> None:
         """What was asked for last is tried first: it is what somebody has a right to now."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import time
 from collections import OrderedDict
@@ -30,8 +31,8 @@ from manta.fetch.transfer import Transfer
 from manta.hub.origin import Location
 from manta.model.extents import CHUNK_SIZE
 from manta.model.ids import BlobId
-from manta.swarm.choice import Choice
-from manta.swarm.ownership import owner
+from manta.swarm.choice import LIAR_SECONDS, Choice
+from manta.swarm.ownership import owner, ranking
 from manta.swarm.protocol import (
     ANSWER_BYTES_MAX,
     Exchange,
@@ -46,6 +47,7 @@ from manta.telemetry.events import Telemetry
 from manta.wire.channel import Closed
 from manta.wire.messages import Ready
 from manta.wire.peering import (
+    BODY_BYTES_MAX,
     Asked,
     Call,
     Called,
@@ -56,6 +58,7 @@ from manta.wire.peering import (
     Listening,
     Member,
     Members,
+    MemberState,
     OwnPauses,
     Pauses,
     Presence,
@@ -80,8 +83,26 @@ KEYS_SECONDS = 5.0
 CALL_SECONDS = 1.5
 """How long a member may take for an answer that we could get from the hub ourselves, in two round trips."""
 
-ASKED_MAX = 4
-"""Members asked for what the hub, out of reach, does not tell."""
+ASKED_AT_ONCE = 4
+"""Members asked at a time for what the hub, out of reach, does not tell: a tree may be tens of megabytes, from each."""
+
+ASKED_SECONDS = 6.0
+"""How long they are asked altogether. One that is well answers in milliseconds, and those that are not are not asked."""
+
+TOLD_BYTES_MAX = 64 * 1024 * 1024
+"""Of a member's answer: the tree of 250,000 files has a quarter of this when it is packed."""
+
+PAUSE_SECONDS_MAX = 3600.0
+"""Of a pause that a member tells of. The hub's own windows are 300 s."""
+
+ANSWER_SECONDS = 5.0
+"""How long a question other than a pull is worked on: who asked has gone elsewhere by then."""
+
+SEND_SECONDS = 10.0
+"""A peer process that has not read for this long hangs, and is replaced."""
+
+WRONG_SECONDS = LIAR_SECONDS
+"""How long is said that a member gave wrong bytes: as long as it is not asked."""
 
 JOIN_SECONDS = 3.0
 """How long after its start a node waits to hear who the others are before it asks the origin. A process is up in about half a second and
@@ -154,6 +175,7 @@ class Swarm:
         self._followed: OrderedDict[BlobId, tuple[int, float]] = OrderedDict()  # size, and when it was touched last
         self._follow_changed = trio.Event()
         self._troubles: dict[str, str] = {}
+        self._wrong_until = float("-inf")
         self._calls: dict[int, _Pending] = {}
         self._numbers = itertools.count(1)
         self._answering: dict[int, trio.CancelScope] = {}
@@ -171,7 +193,14 @@ class Swarm:
     @property
     def problem(self) -> str:
         """What does not work now, as sentences."""
+        if trio.current_time() >= self._wrong_until:
+            self._troubles.pop("wrong", None)
         return " ".join(filter(None, self._troubles.values()))
+
+    @property
+    def public_only(self) -> bool:
+        """Whether other nodes are given and told only what everybody may have: so it is said, or anybody on this machine may ask."""
+        return self._config.share == "public" or not self.keys
 
     @property
     def slots(self) -> int:
@@ -225,6 +254,9 @@ class Swarm:
             pending.answered.set()
         self._members.clear()
         self._pages.clear()
+        self.busy = 0
+        # What it said of itself went with it; the next one says what is still so.
+        self._troubles = {kind: said for kind, said in self._troubles.items() if kind in {"keys", "wrong"}}
         self.choice.set_members(())
         self._listener.members_changed()
 
@@ -282,11 +314,16 @@ class Swarm:
                 await self._follow_changed.wait()
 
     async def _send(self, message: msgspec.Struct, fd: int | None = None) -> None:
-        if self._channel is not None:
+        """Raises ValueError for what is larger than a message may be."""
+        if (channel := self._channel) is not None:
             try:
-                await self._channel.send(message, fd)  # type: ignore[arg-type]
+                with trio.fail_after(SEND_SECONDS):
+                    await channel.send(message, fd)  # type: ignore[arg-type]
             except Closed:
                 return  # `_listen` sees the same end
+            except trio.TooSlowError:
+                log.error("the peer process (pid %d) does not read what it is told; it is replaced", self._pid)
+                channel.close()
 
     async def _listen(self, channel: Channel[FromPeerProcess], beside: trio.Nursery) -> None:
         """Takes in what the process tells until its end of the socket is closed, or it turns out to be something else."""
@@ -295,7 +332,7 @@ class Swarm:
                 message = await channel.receive()
             except Closed:
                 return
-            except (ValueError, msgspec.MsgspecError):
+            except (ValueError, RecursionError):
                 log.error("the peer process (pid %d) sent what is no message; it is replaced", self._pid)
                 return
             match message:
@@ -337,13 +374,16 @@ class Swarm:
         if len(members) < page.total:
             return  # more pages follow
         before = {node: member.state for node, member in self._members.items()}
-        self._members = {member.node or member.address: member for member in members}
+        self._members = {}
+        for member in sorted(members, key=lambda m: _STATES.index(m.state), reverse=True):
+            self._members[member.node or member.address] = member  # a node that moved is where it is up
         for name, member in self._members.items():
             if before.get(name) != member.state:
                 said = f": {member.problem}" if member.problem else ""
                 log.info("node %s at %s is %s%s", member.node or "unknown", member.address, member.state, said)
-        self.choice.set_members(m.node for m in members if m.node and m.state in {"up", "suspect"})
-        self.choice.set_suspect(m.node for m in members if m.state == "suspect")
+        known = [member for member in self._members.values() if member.node]
+        self.choice.set_members(m.node for m in known if m.state in {"up", "suspect"})
+        self.choice.set_suspect(m.node for m in known if m.state == "suspect")
         if all(member.asked for member in members):
             self._join()
         self._listener.members_changed()
@@ -362,25 +402,39 @@ class Swarm:
 
     async def _answer(self, asked: Asked) -> None:
         with trio.CancelScope() as scope:
-            if len(self._answering) >= ANSWERS_MAX:
+            if len(self._answering) >= ANSWERS_MAX or asked.order in self._answering:
                 refusal = Refusal(reason="busy", message="This node answers too many questions already.", retry_s=1.0)
-                await self._send(Reply(asked.order, 503, encode(refusal)))
+                if self._channel is not None:
+                    self._channel.tell_nowait(Reply(asked.order, 503, encode(refusal)))
                 return
             self._answering[asked.order] = scope
             try:
-                answer = await self._answerer(asked)
-            except MantaError as e:
-                answer = refused(e)
-            except Exception:
-                log.exception("a question of node %s could not be answered", asked.node)
-                answer = refused(Unavailable("The node could not answer."))
+                await self._say(asked, await self._answer_to(asked))
             finally:
                 del self._answering[asked.order]
-            try:
-                await self._send(Reply(asked.order, answer.status, answer.body), answer.fd)
-            finally:
-                if answer.fd is not None:
-                    os.close(answer.fd)
+
+    async def _answer_to(self, asked: Asked) -> Answer:
+        try:
+            # A pull ends by the patience of who reads the file; see `Transfer.supply`.
+            with trio.fail_after(ANSWER_SECONDS if asked.what != "pull" else math.inf):
+                return await self._answerer(asked)
+        except MantaError as e:
+            return refused(e)
+        except trio.TooSlowError:
+            return refused(Unavailable(f"This node had no answer within {ANSWER_SECONDS:g} s."))
+        except Exception:
+            log.exception("a question of node %s could not be answered", asked.node)
+            return refused(Unavailable("The node could not answer."))
+
+    async def _say(self, asked: Asked, answer: Answer) -> None:
+        try:
+            if len(answer.body) > BODY_BYTES_MAX:
+                log.error("an answer of %d bytes to %r does not fit into a message", len(answer.body), asked.what)
+                answer = refused(Unavailable("The node's answer is too large."))
+            await self._send(Reply(asked.order, answer.status, answer.body), answer.fd)
+        finally:
+            if answer.fd is not None:
+                os.close(answer.fd)
 
     # Members ---------------------------------------------------------------------------------------------------------
 
@@ -434,6 +488,8 @@ class Swarm:
         """Asks `node`; see `protocol`. A large answer is written to `fd`. Raises Unavailable where no answer comes in time."""
         if self._channel is None:
             raise Unavailable("The peer process is not running; it is being started.")
+        if len(body) > BODY_BYTES_MAX:
+            raise Unavailable(f"The question is {len(body)} bytes long, and a member takes {BODY_BYTES_MAX}.")
         number = next(self._numbers)
         pending = self._calls[number] = _Pending()
         try:
@@ -460,23 +516,36 @@ class Swarm:
         node = self.owner(key)
         return None if node is None else await self._told(node, what, body)
 
-    async def ask_any(self, what: str, body: bytes) -> bytes | None:
-        """What the first member says who knows, of a few."""
+    async def ask_any(self, what: str, key: str, body: bytes) -> bytes | None:
+        """What the first member says who knows; who most likely does, having asked the hub about `key`, is asked first."""
         now = trio.current_time()
-        for node in [node for node in self.choice.members if self.choice.usable(node, now)][:ASKED_MAX]:
-            with contextlib.suppress(Throttled):
-                if (told := await self._told(node, what, body)) is not None:
-                    return told
-        return None
+        nodes = iter(ranking((n for n in self.choice.members if self.choice.usable(n, now)), key))
+        found: list[bytes] = []
+
+        async def ask(asking: trio.CancelScope) -> None:
+            for node in nodes:
+                with contextlib.suppress(Throttled):
+                    if (told := await self._told(node, what, body)) is not None:
+                        found.append(told)
+                        asking.cancel()
+
+        with trio.move_on_after(ASKED_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for _ in range(ASKED_AT_ONCE):
+                    nursery.start_soon(ask, nursery.cancel_scope)
+        return found[0] if found else None
 
     async def _told(self, node: str, what: str, body: bytes) -> bytes | None:
         """The body of an answer, of any size."""
         fd = os.memfd_create("manta-answer", os.MFD_CLOEXEC)
         try:
             answer = await self.call(node, what, body, fd=fd)
+            if (size := os.fstat(fd).st_size) > TOLD_BYTES_MAX:
+                raise Unavailable(f"its answer has {size} bytes.")
+            said = answer.body or os.pread(fd, size, 0)  # the descriptor takes refusals too
             if answer.status == 200:
-                return answer.body or os.pread(fd, os.fstat(fd).st_size, 0)
-            raise_throttled(answer)
+                return said
+            raise_throttled(node, said)
         except Throttled:
             raise
         except MantaError as e:
@@ -513,6 +582,7 @@ class Swarm:
             f"Node {node}{f' at {member.address}' if member else ''} gave wrong bytes for chunk {chunk} of {transfer.name}, and is not"
             " asked for ten minutes: check its disk and memory."
         )
+        self._wrong_until = trio.current_time() + WRONG_SECONDS
         log.error("%s", self._troubles["wrong"])
 
     async def location(self, provenance: Provenance) -> Location | None:
@@ -533,7 +603,7 @@ class Swarm:
         try:
             answer = await self.call(node, "location", encode(request), deadline_s=2 * CALL_SECONDS)
             if answer.status != 200:
-                raise_throttled(answer)
+                raise_throttled(node, answer.body)
                 return None
             shared = decode(answer.body, SharedLocation)
         except Throttled:
@@ -547,14 +617,26 @@ class Swarm:
             shared.headers,
             now + shared.expires_s if shared.expires_s else None,
             now + shared.refresh_s if shared.refresh_s else None,
+            told=True,
         )
 
 
-def raise_throttled(answer: Called) -> None:
-    """Raises Throttled where that is why the member did not answer: the hub asked it for a pause. Raises Invalid for no refusal."""
-    refusal = decode(answer.body, Refusal)
+_STATES: tuple[MemberState, ...] = ("up", "suspect", "refused", "down")
+
+
+def raise_throttled(node: str, body: bytes) -> None:
+    """Raises Throttled where that is why `node` did not answer: the hub asked it for a pause. Raises Invalid for no refusal.
+
+    The sentence is ours: what another node says may be anything.
+    """
+    refusal = decode(body, Refusal)
     if refusal.reason == "throttled":
-        raise Throttled(refusal.message, refusal.retry_s)
+        # Also of what is no number: trio's clock takes none.
+        retry_s = min(refusal.retry_s, PAUSE_SECONDS_MAX) if refusal.retry_s > 0 else 0.0
+        raise Throttled(f"The hub asked node {node}, which asks it for all, to wait {retry_s:.0f} s.", retry_s)
+
+
+_MESSAGE_CHARACTERS_MAX = 1000
 
 
 _REASONS = frozenset({"absent", "denied", "throttled", "unavailable", "corrupt", "no_space", "cache_broken", "invalid"})
@@ -565,5 +647,5 @@ def refused(error: MantaError) -> Answer:
     """An error as the answer to a member's question."""
     reason = error.code if error.code in _REASONS else "unavailable"
     retry_s = error.retry_after_s if isinstance(error, Throttled) else 0.0
-    refusal = Refusal(reason=reason, message=error.message, retry_s=retry_s)  # type: ignore[arg-type]
+    refusal = Refusal(reason=reason, message=error.message[:_MESSAGE_CHARACTERS_MAX], retry_s=retry_s)  # type: ignore[arg-type]
     return Answer(_STATUS.get(reason, 502), encode(refusal))

@@ -178,26 +178,26 @@ class Catalog:
         recent = self._resolutions.get(key)
         if recent is not None and recent.stale:
             return recent
-        if (told := await self._told(repo, revision)) is not None:
-            self._resolutions.put(key, told, CURRENT_S)
-            return told
         subject = f"{repo}@{revision[:12] if is_commit(revision) else revision}"
         if self._offline:
             stale = await self._remembered(repo, revision, self._offline_error(subject))
             self._resolutions.put(key, stale, CURRENT_S)
             return stale
         try:
-            resolved = await self._ask(
-                key, self._timeout_s, lambda: self._origin.resolve(repo, revision, access), subject
-            )
+            commit = None if self._neighbours is None else await self._neighbours.resolve(repo, revision)
+            if commit is None:
+                resolved = await self._ask(
+                    key, self._timeout_s, lambda: self._origin.resolve(repo, revision, access), subject
+                )
+                commit = resolved.commit
         except Unavailable as error:
             stale = await self._remembered(repo, revision, error)
             self._resolutions.put(key, stale, _believed_s(error))
             return stale
-        resolution, now = Resolution(resolved.commit), self._clock()
-        if not is_commit(revision) and self._noted.get((repo, revision)) != resolved.commit:
-            await self._on_disk(lambda: self._store.save_ref(repo, revision, resolved.commit, now))
-            self._noted.put((repo, revision), resolved.commit, NOTED_S)
+        resolution, now, named = Resolution(commit), self._clock(), commit
+        if not is_commit(revision) and self._noted.get((repo, revision)) != commit:
+            await self._on_disk(lambda: self._store.save_ref(repo, revision, named, now))
+            self._noted.put((repo, revision), commit, NOTED_S)
         self._resolutions.put(key, resolution, CURRENT_S)
         return resolution
 
@@ -210,17 +210,6 @@ class Catalog:
                 raise why
             return Resolution(known, stale=True, reason=why.message)
         return Resolution(ref[0], stale=True, reason=why.message)
-
-    async def _told(self, repo: RepoId, revision: str) -> Resolution | None:
-        """What the node says who asks the hub about `repo` for all; None where the hub is to be asked."""
-        if self._neighbours is None or self._offline:
-            return None
-        commit = await self._neighbours.resolve(repo, revision)
-        if commit is None:
-            return None
-        now = self._clock()
-        await self._on_disk(lambda: self._store.save_ref(repo, revision, commit, now))
-        return Resolution(commit)
 
     # Trees -----------------------------------------------------------------------------------------------------------
 
@@ -255,8 +244,9 @@ class Catalog:
         masked = self._masked.get(key)
         if masked is not None:
             return masked
+        anybody = self._offline or self._circuit.open
         if self._neighbours is not None and known is None:
-            told = await self._neighbours.tree(repo, commit, anybody=self._offline or self._circuit.open)
+            told = await self._neighbours.tree(repo, commit, anybody=anybody)
             if told is not None:
                 return await self._keep(told)
         try:
@@ -270,8 +260,9 @@ class Catalog:
             )
         except Unavailable as error:
             if known is None:
-                told = None if self._neighbours is None else await self._neighbours.tree(repo, commit, anybody=True)
-                if told is None:
+                if self._neighbours is None or anybody:
+                    raise
+                if (told := await self._neighbours.tree(repo, commit, anybody=True)) is None:
                     raise
                 return await self._keep(told)
             if access == self._owner:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 
-from manta.errors import MantaError
+import trio
+
+from manta.errors import Invalid, MantaError
 from manta.model.ids import Commit, RepoId, is_commit
 from manta.model.snapshot import Snapshot
 from manta.swarm.protocol import Resolved, ResolveRequest, TreeRequest, decode, encode
@@ -20,11 +22,11 @@ Ask = Callable[[str, str, bytes], Awaitable[bytes | None]]
 """Asks the member who asks the hub about a key: what, the key, the request's body. None where that is this node, or it does not tell.
 Raises Throttled where the hub asked that member for a pause."""
 
-AskAny = Callable[[str, bytes], Awaitable[bytes | None]]
-"""Asks a few members, one after the other, until one tells."""
+AskAny = Callable[[str, str, bytes], Awaitable[bytes | None]]
+"""Asks all members until one tells: what, the key, the body. Who asks the hub about the key is first."""
 
 ReadTree = Callable[[bytes, RepoId, Commit], Snapshot]
-"""A stored tree, read. Raises Invalid where it is not the one asked for."""
+"""SLOW: a stored tree, read. Raises Invalid where it is not the one asked for."""
 
 
 class Neighbours:
@@ -43,21 +45,28 @@ class Neighbours:
     async def remembered(self, repo: RepoId, revision: str) -> Commit | None:
         """What any of them remembers: the hub cannot be asked."""
         request = ResolveRequest(kind=repo.kind.value, repo=repo.name, revision=revision, known=True)
-        return _commit(await self._ask_any("resolve", encode(request)))
+        return _commit(await self._ask_any("resolve", f"resolve/{repo}", encode(request)))
 
     async def tree(self, repo: RepoId, commit: Commit, *, anybody: bool = False) -> Snapshot | None:
         """The tree of a commit, as that node has it, or with `anybody` any. Raises Throttled."""
         body = encode(TreeRequest(kind=repo.kind.value, repo=repo.name, commit=commit))
-        data = await (self._ask_any("tree", body) if anybody else self._ask("tree", f"resolve/{repo}", body))
+        ask = self._ask_any if anybody else self._ask
+        data = await ask("tree", f"resolve/{repo}", body)
         if data is None:
             return None
         try:
-            snapshot = self._read_tree(data, repo, commit)
+            return await trio.to_thread.run_sync(self._read, data, repo, commit, abandon_on_cancel=True)
         except MantaError as error:
-            log.warning("another node gave a tree of %s that cannot be used: %s", repo, error.message)
+            log.warning("another node gave a tree of %s that cannot be used: %.300s", repo, error.message)
             return None
-        # What is not public is nobody's to tell.
-        return None if snapshot.gated or snapshot.private else snapshot
+
+    def _read(self, data: bytes, repo: RepoId, commit: Commit) -> Snapshot:
+        """Raises Invalid and Corrupt for what no filesystem can show, and for what is nobody's to tell: what is not public."""
+        snapshot = self._read_tree(data, repo, commit)
+        if snapshot.gated or snapshot.private or any(entry.blob is None for entry in snapshot.files.values()):
+            raise Invalid("it is not of a public repo")
+        snapshot.folders, snapshot.contents  # noqa: B018 - worked out here, in a thread
+        return snapshot
 
 
 def _commit(body: bytes | None) -> Commit | None:

@@ -128,6 +128,8 @@ class Location:
     """Seconds since the epoch by this machine's clock; None where the URL does not say."""
     refresh_at: float | None = None
     """From then on ask again before a new request; None where the URL does not expire."""
+    told: bool = False
+    """Another node said so, not the hub."""
 
     def stale(self, now: float) -> bool:
         """Whether it should be asked for anew before a request that starts at `now` (seconds since the epoch)."""

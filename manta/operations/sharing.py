@@ -1,8 +1,10 @@
 """What this node answers other nodes' questions: chunks fetched on their behalf, what the hub said, what this node has. Here and only here.
 
 In the daemon's trio thread; asked by `manta.fetch.swarm`. The access to the hub is this node's own, and no token is ever in an answer. What
-is told of metadata is what everybody may know: trees and commits of public repos. Chunks may be those of any blob, or with
-`swarm.share = public`, and without a key, only those that a public repo has.
+is told of metadata is what everybody may know: trees, commits and locations of public repos; of others not even that they are there.
+Chunks may be those of any blob, or with `swarm.share = public`, and without a key, only those that a public repo has. On a member's behalf
+only that is fetched which a tree that this node may see has at the place that the member names: who asks for a private repo's chunk knows
+its digest already. Trees that other nodes told count as the hub's, as in `manta.hub.neighbours`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from manta.hub.catalog import Catalog
 from manta.hub.origin import Access
 from manta.model.extents import ChunkGrid
 from manta.model.ids import BlobId, Commit, RepoId, RepoKind, is_commit, parse_blob_id, parse_revision
-from manta.model.snapshot import FileEntry, Snapshot
+from manta.model.snapshot import Snapshot
 from manta.swarm.protocol import (
     BlobReport,
     LocationRequest,
@@ -42,7 +44,11 @@ from manta.wire.peering import Asked, PullAsked
 REPORTED_MAX = 512
 """Blobs in a report, those fetched last: with bitmaps of 100 GiB each 1.6 KB, below what an answer may hold."""
 
-PATH_BYTES_MAX = 4096
+REVISION_CHARACTERS_MAX = 1024
+"""Git's names of refs end well before."""
+
+PLACE_SECONDS = 15.0
+"""How long the tree is waited for that a chunk is asked of: who asks waits 20 s for the chunk."""
 
 
 class Sharing:
@@ -70,6 +76,7 @@ class Sharing:
         self._mounted = mounted
         self._version = version
         self._started = started
+        self._looking = trio.CapacityLimiter(1)
         self.page: Callable[[], Awaitable[bytes]]
         self.node = swarm.node
         self.slots = swarm.slots
@@ -116,25 +123,45 @@ class Sharing:
         if self._fetcher.comes_from(blob, wanted.chunk) == asked.node:
             # Each would wait for the other: the one who asks goes elsewhere.
             raise Unavailable(f"Chunk {wanted.chunk} of {blob} is being asked of the node that asks for it.")
-        place = self._place(wanted.kind, wanted.repo, wanted.commit, wanted.path, blob, wanted.size)
+        place = await self._place(
+            wanted.kind, wanted.repo, wanted.commit, wanted.path, blob, wanted.size, public=self._swarm.public_only
+        )
         await self._fetcher.supply(place, wanted.chunk, urgent=wanted.urgent)
         return Answer(200)
 
-    def _place(self, kind: str, repo: str, commit: str, path: str, blob: BlobId, size: int) -> Provenance:
-        """Raises Invalid for what is no place in a repo. That the blob is really there the hub says when it is asked."""
-        if not is_commit(commit) or not 0 < len(path.encode("utf-8", "surrogateescape")) <= PATH_BYTES_MAX:
-            raise Invalid(f"{repo[:100]!r} at {commit[:50]!r} names no file.")
-        parts = path.split("/")
-        if any(part in {"", ".", ".."} or "\0" in part for part in parts):
-            raise Invalid(f"{path[:100]!r} is no path in a repo.")
-        return Provenance(_repo(kind, repo), Commit(commit), FileEntry(path, size, blob), self._access())
+    async def _place(
+        self, kind: str, repo: str, commit: str, path: str, blob: BlobId, size: int, *, public: bool
+    ) -> Provenance:
+        """The place, where the blob really is there: nothing is made in the cache, and no question asked, for what a member makes up.
+
+        `public`: and everybody may know it. Raises Invalid for what is no place in a repo, Absent for all else that is not to be had: which
+        repos there are that only some may see is not told.
+        """
+        if not is_commit(commit):
+            raise Invalid(f"{commit[:50]!r} is no commit.")
+        of, access = _repo(kind, repo), self._access()
+        unknown = Absent(f"This node knows of no {path[:100]!r} with that content in {of} at {commit[:12]}.")
+        try:
+            with trio.fail_after(PLACE_SECONDS):
+                snapshot = await self._catalog.snapshot(of, Commit(commit), access)
+        except (Absent, Denied):
+            raise unknown from None
+        except trio.TooSlowError:
+            raise Unavailable(f"The tree of {of} did not come within {PLACE_SECONDS:g} s.") from None
+        entry = snapshot.files.get(path)
+        if entry is None or (entry.blob, entry.size) != (blob, size) or (public and _hidden(snapshot)):
+            raise unknown
+        return Provenance(of, snapshot.commit, entry, access)
 
     async def _public(self, name: str) -> Answer:
         """Whether a blob may be given to everybody: where a public repo has it."""
         blob = parse_blob_id(name)
-        if any(not (s.gated or s.private) and blob in s.contents.blobs for s in self._mounted()):
+        if any(not _hidden(s) and blob in s.contents.blobs for s in self._mounted()):
             return Answer(200)
-        if await trio.to_thread.run_sync(self._stored_public, blob, abandon_on_cancel=True):
+        # Only of what is here: looking through all trees takes a while, and one at a time.
+        if self._store.find(blob) is not None and await trio.to_thread.run_sync(
+            self._stored_public, blob, abandon_on_cancel=True, limiter=self._looking
+        ):
             return Answer(200)
         raise Denied(f"{blob} is not known to be of a public repo, and only those are given to other nodes here.")
 
@@ -142,8 +169,7 @@ class Sharing:
         for repo in self._metadata.repos():
             for commit in self._metadata.snapshots(repo):
                 snapshot = self._metadata.snapshot(repo, commit)
-                public = snapshot is not None and not (snapshot.gated or snapshot.private)
-                if snapshot is not None and public and blob in snapshot.contents.blobs:
+                if snapshot is not None and not _hidden(snapshot) and blob in snapshot.contents.blobs:
                     return True
         return False
 
@@ -153,22 +179,31 @@ class Sharing:
         repo, revision = _repo(request.kind, request.repo), request.revision
         if revision:
             parse_revision(revision)
+        if len(revision) > REVISION_CHARACTERS_MAX:
+            raise Invalid(f"A revision of {len(revision)} characters is none.")
+        unknown = Absent(f"{repo} is not known to be public here: each node asks the hub itself.")
         if request.known:
             known = await trio.to_thread.run_sync(self._metadata.ref, repo, revision or "main", abandon_on_cancel=True)
             if known is None:
-                raise Absent(f"{repo} is not known here.")
+                raise unknown
             commit, age_s = known[0], max(time.time() - known[1], 0.0)
         else:
             self._refuse_unless_owner(f"resolve/{repo}")
-            resolution = await self._catalog.current(repo, revision or None, self._access())
+            try:
+                resolution = await self._catalog.current(repo, revision or None, self._access())
+            except (Absent, Denied):
+                raise unknown from None
             if resolution.stale:
                 raise Unavailable(f"The hub could not be asked about {repo}: {resolution.reason}")
             commit, age_s = resolution.commit, 0.0
         snapshot = await self._catalog.stored(repo, commit)
         if snapshot is None and not request.known:
-            snapshot = await self._catalog.snapshot(repo, commit, self._access())
-        if snapshot is None or snapshot.gated or snapshot.private:
-            raise Denied(f"{repo} is not known to be public: each node asks the hub itself.")
+            try:
+                snapshot = await self._catalog.snapshot(repo, commit, self._access())
+            except (Absent, Denied):
+                raise unknown from None
+        if snapshot is None or _hidden(snapshot):
+            raise unknown
         return Answer(200, encode(Resolved(commit=commit, age_s=age_s)))
 
     async def _tree(self, request: TreeRequest) -> Answer:
@@ -176,17 +211,19 @@ class Sharing:
         if not is_commit(request.commit):
             raise Invalid(f"{request.commit[:50]!r} is no commit.")
         snapshot = await self._catalog.stored(repo, Commit(request.commit))
-        if snapshot is None or snapshot.gated or snapshot.private:
+        if snapshot is None or _hidden(snapshot):
             raise Absent(f"No tree of {repo} at {request.commit[:12]} is here that everybody may know.")
         data = await trio.to_thread.run_sync(self._metadata.encoded, repo, snapshot.commit, abandon_on_cancel=True)
         if data is None:
-            raise Absent(f"The tree of {repo} at {request.commit[:12]} is not stored here.")
-        return Answer(200, b"", _in_memory(data))
+            raise Absent(f"No tree of {repo} at {request.commit[:12]} is here that everybody may know.")
+        return Answer(200, b"", await trio.to_thread.run_sync(_in_memory, data))
 
     async def _location(self, request: LocationRequest) -> Answer:
         blob = parse_blob_id(request.blob)
         self._refuse_unless_owner(f"location/{blob}")
-        place = self._place(request.kind, request.repo, request.commit, request.path, blob, request.size)
+        place = await self._place(
+            request.kind, request.repo, request.commit, request.path, blob, request.size, public=True
+        )
         location = await self._fetcher.locate(place)
         if any(name.lower() == "authorization" for name in location.headers):
             raise Denied(f"{place} is given by the hub itself, to whom it knows: each node asks it itself.")
@@ -255,6 +292,11 @@ class Sharing:
             return bytes(have)
         finally:
             held.close()
+
+
+def _hidden(snapshot: Snapshot) -> bool:
+    """Whether not everybody may see it."""
+    return snapshot.gated or snapshot.private
 
 
 def _in_memory(data: bytes) -> int:

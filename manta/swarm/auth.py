@@ -17,7 +17,7 @@ import re
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from manta.errors import Denied, Invalid
 
@@ -83,7 +83,7 @@ class Sender:
     node: str
     to: str
     nonce: str
-    key: bytes
+    key: bytes = field(repr=False)
     """The key it was signed with; b"" without keys."""
 
 

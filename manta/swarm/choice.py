@@ -30,6 +30,9 @@ AVOID_SECONDS = 1.0
 AVOID_SECONDS_MAX = 30.0
 """How long a member that failed is not asked; twice as long with each failure in a row."""
 
+RECOVERY_SECONDS = 3.0
+"""How long the owner of a chunk that nobody waits for may fail to be reached before another node fetches it in its place."""
+
 LIAR_SECONDS = 600.0
 """How long a member that sent wrong bytes is not asked: it has a broken disk or memory, or is hostile."""
 
@@ -101,6 +104,9 @@ class _Member:
     avoid_until: float = float("-inf")
     silent: bool = False
     """Nothing comes of what it was asked for."""
+    missed: float = float("-inf")
+    """When it was wanted last and could not be asked; `missing_since`: since when that has been so."""
+    missing_since: float = float("-inf")
     suspect: bool = False
     """It did not answer when it was greeted the last time."""
 
@@ -246,12 +252,23 @@ class Choice:
             if node == self.me or asked >= OWNERS:
                 break
             if not self.usable(node, now):
+                if not urgent and self._may_recover(node, now):
+                    return NOT_NOW
                 continue  # whoever is next owns it meanwhile
             asked += 1
             if not self._may(node, hints, now):
                 continue
             return Peer(node, pull=True) if self._has_time(node, hints, now, urgent) else NOT_NOW
         return ORIGIN if origin else self._else(ranked, hints, now, urgent)
+
+    def _may_recover(self, node: str, now: float) -> bool:
+        """Whether `node` cannot be asked since a moment ago only. Where nobody waits that is no reason to read the origin twice: a busy
+        machine answers late, and the owner has fetched it meanwhile or soon will."""
+        member = self._members[node]
+        if now > member.missed + _ASKED_SECONDS:
+            member.missing_since = now
+        member.missed = now
+        return now < member.missing_since + RECOVERY_SECONDS
 
     def _crowded(self, blob: str, chunk: int, now: float) -> bool:
         """Whether a reader has waited long enough for members that have it and no time."""

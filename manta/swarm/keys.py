@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
-from manta.config import SWARM_KEY_VARIABLE
+from manta.config import SWARM_KEY_VARIABLE, SwarmConfig, parse_address, parse_peers
 from manta.errors import Denied, Invalid
 from manta.swarm.auth import parse_keys
 
-FILE_BYTES_MAX = 4096
+KEYS_BYTES_MAX = 4096
+"""Of both keys together: they travel in one message to a child. A key of `openssl rand -hex 32` has 64."""
 
 
 def read_keys(key_file: str, environ: Mapping[str, str]) -> tuple[bytes, ...]:
@@ -25,21 +26,47 @@ def read_keys(key_file: str, environ: Mapping[str, str]) -> tuple[bytes, ...]:
     if key_file:
         try:
             with Path(key_file).open("rb") as file:
-                text = file.read(FILE_BYTES_MAX).decode("utf-8")
+                text = file.read(KEYS_BYTES_MAX + 1).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise Denied(f"The swarm's key file {key_file} cannot be read ({reason}): check swarm.key_file.") from error
-        try:
-            return parse_keys(text)
-        except Invalid as error:
-            raise Invalid(f"{key_file}: {error.message}") from None
+            # Not "from": the error of a text that is none holds the bytes.
+            raise Denied(f"The swarm's key file {key_file} cannot be read ({reason}): check swarm.key_file.") from None
+        return _parsed(text, key_file)
     text = environ.get(SWARM_KEY_VARIABLE, "")
-    if not text.strip():
-        return ()
+    return _parsed(text, SWARM_KEY_VARIABLE) if text.strip() else ()
+
+
+def _parsed(text: str, where: str) -> tuple[bytes, ...]:
+    if len(text.encode("utf-8", "surrogateescape")) > KEYS_BYTES_MAX:
+        raise Invalid(f"{where}: The swarm's keys must not be longer than {KEYS_BYTES_MAX} bytes together.")
     try:
         return parse_keys(text)
+    except UnicodeEncodeError:
+        raise Invalid(f"{where}: The swarm's key must be text in UTF-8.") from None
     except Invalid as error:
-        raise Invalid(f"{SWARM_KEY_VARIABLE}: {error.message}") from None
+        raise Invalid(f"{where}: {error.message}") from None
+
+
+def check(config: SwarmConfig, keys: tuple[bytes, ...]) -> None:
+    """Refuses what would leave this node open to everybody, or have it believe anybody. Raises Invalid."""
+    advice = "(swarm.key_file, or MANTA_SWARM_KEY; `openssl rand -hex 32` makes one)"
+    listen = parse_address(config.listen)
+    if not keys and listen is not None and not is_loopback(listen.host):
+        raise Invalid(
+            f"This node would serve others at {config.listen} without a key: everybody there could read the cache. Give all nodes"
+            f" the same key {advice}, or listen on 127.0.0.1."
+        )
+    kind, named = parse_peers(config.peers)
+    hosts = [address.host for name in named if kind == "static" and (address := parse_address(name)) is not None]
+    if not keys and (kind != "static" or not all(map(is_loopback, hosts))):
+        raise Invalid(
+            f"This node would take files from {config.peers[:100]!r} without a key: whoever answers there could give it anything. Give"
+            f" all nodes the same key {advice}."
+        )
+    if bool(config.tls_certificate) != bool(config.tls_authorities):
+        raise Invalid(
+            "swarm.tls_certificate and swarm.tls_authorities go together: nodes that serve TLS are asked by TLS. Set both, or neither."
+        )
 
 
 def is_loopback(host: str) -> bool:
