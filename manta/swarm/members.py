@@ -51,7 +51,8 @@ class Pace:
 
 
 class Membership:
-    """Who the other nodes are. `tell` takes Members, Presence, Pauses and Trouble, in the loop that `run` runs in."""
+    """Who the other nodes are. `tell` takes Members, Presence, Pauses and Trouble, in the loop that `run` runs in: the first Members when
+    discovery has found somebody, or that there is nobody."""
 
     def __init__(self, settings: Settings, tell: Callable[[Message], None], pace: Pace | None = None) -> None:
         self._settings = settings
@@ -81,7 +82,6 @@ class Membership:
                 await asyncio.sleep(self._pace.retry_s)
         self._trouble("tls", "")
         client.keys = tuple(self._keys)
-        self._changed.set()
         async with client:
             self._client = client
             try:

@@ -288,7 +288,7 @@ class Roster:
                 c.rtt_s,
                 c.version,
                 c.problem,
-                bool(c.node or c.failures),
+                bool(c.node or c.failures or c.strikes),
             )
             for c in shown
         ]

@@ -361,7 +361,7 @@ def test_one_side_with_tls_and_the_other_without(authorities: tuple[trustme.CA, 
 
     async def story() -> None:
         async with FakeMember(NODE) as member, MemberClient(ME, KEYS, path) as client:
-            with pytest.raises(MantaError):
+            with pytest.raises(Denied, match=r"no certificate .*\([A-Z_ ]+\)"):
                 await client.hello(member.address, SOON)
         async with FakeMember(NODE, tls=server_tls(authority, "127.0.0.1")) as member, MemberClient(ME, KEYS) as client:
             with pytest.raises(MantaError):

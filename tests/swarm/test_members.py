@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -329,10 +331,21 @@ def test_a_call_that_takes_too_long_leaves_a_member_that_greets_well() -> None:
     run(story)
 
 
-def test_nobody_is_told_too() -> None:
+def test_nobody_is_told_too_but_not_before_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = threading.Event()
+
+    def look_up(*_: object, **__: object) -> list[object]:
+        known.wait(10.0)
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
     async def story() -> None:
         told = Told()
-        async with membership(told=told, peers="dns:manta.invalid:9402"):
+        async with membership(told=told, peers="dns:manta.example:9402"):
+            await asyncio.sleep(5 * QUICK.tell_s)
+            assert told.messages == []
+            known.set()
             await until(lambda: told.messages == [Members(0, [], 0, 0)])
 
     run(story)

@@ -90,6 +90,15 @@ def test_a_failure_is_followed_by_another_try_with_a_growing_pause() -> None:
     assert roster.greet(101.3) == [ONE]
 
 
+def test_whoever_was_asked_is_told_from_who_was_not() -> None:
+    roster = Roster(ME)
+    roster.found(frozenset({ONE, TWO}), 0.0)
+    assert [member.asked for member in roster.members()] == [False, False]
+    roster.refused(ONE, "Its key is another.", 1.0)
+    roster.failed(TWO, "It fell silent.", 1.0)
+    assert [member.asked for member in roster.members()] == [True, True]
+
+
 def test_an_address_that_never_answered_is_down_soon() -> None:
     """Nodes that start together find each other within a second, and one that starts knows by then who is not there."""
     roster = Roster(ME)
