@@ -24,7 +24,7 @@ from manta.fetch.workers import OrderControl, WorkerPool
 from manta.telemetry.events import Telemetry
 from manta.testing.hub import Generated, GeneratedContent, HubProcess, HubSpec, RepoSpec, faults
 from manta.wire.channel import receive_nowait
-from manta.wire.messages import Digested, Failed, Fetch, Fetched, Located
+from manta.wire.messages import Digested, Failed, Fetch, Fetched, Located, Pull
 from tests.telemetry.scrape import samples
 
 SIZE = 2_000_000
@@ -331,3 +331,19 @@ async def test_the_number_of_workers_is_bounded(fetchers: int) -> None:
 def _fetcher_of(pool: WorkerPool) -> int:
     (pid,) = [worker.process.pid for worker in pool._workers if worker.role == "fetch"]
     return pid
+
+
+async def test_a_pull_is_a_fetch_workers(cache_fd: int) -> None:
+    """Of a node that answers like a worker's own tests have it; here, that nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    blob = "sha256-" + "0" * 64
+    async with running() as pool:
+        answer = await pool.pull(
+            lambda n: Pull(n, address, "b" * 16, "a" * 16, blob, SIZE, 0, 0, SIZE, [(0, SIZE)], 5.0, 5.0),
+            cache_fd,
+            lambda *_: None,
+            watched(),
+        )
+    assert isinstance(answer, Failed)
+    assert (answer.reason, answer.unreachable) == ("unavailable", True)

@@ -30,6 +30,7 @@ from manta.wire.messages import (
     Located,
     Message,
     Progress,
+    Pull,
     Ready,
     decode_from_worker,
     encode,
@@ -343,3 +344,36 @@ def test_a_person_is_told_what_to_run(arguments: list[str]) -> None:
     )
     assert said.returncode == 2
     assert "manta mount" in said.stderr
+
+
+def test_a_node_that_does_not_listen_is_told_of(start: Callable[..., Worker], cache_fd: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    worker = start()
+    order = Pull(5, f"127.0.0.1:{port}", "b" * 16, "a" * 16, "sha256-" + "0" * 64, SIZE, 0, 0, SIZE, [(0, SIZE)], 5.0, 5.0)
+    worker.send(order, cache_fd)
+    answer = worker.answer()
+    assert isinstance(answer, Failed)
+    assert (answer.order, answer.reason, answer.unreachable, answer.behind) == (5, "unavailable", True, False)
+
+
+def test_a_digest_worker_asks_no_nodes(start: Callable[..., Worker], cache_fd: int) -> None:
+    worker = start("digest")
+    order = Pull(5, "127.0.0.1:1", "b" * 16, "a" * 16, "sha256-" + "0" * 64, SIZE, 0, 0, SIZE, [(0, SIZE)], 5.0, 5.0)
+    worker.send(order, cache_fd)
+    assert worker.answer() == Failed(5, "unavailable", "reached a worker that only digests")
+
+
+def test_a_pull_is_cancelled_while_nothing_comes(start: Callable[..., Worker], cache_fd: int) -> None:
+    worker = start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        order = Pull(5, address, "b" * 16, "a" * 16, "sha256-" + "0" * 64, SIZE, 0, 0, SIZE, [(0, SIZE)], 20.0, 20.0)
+        worker.send(order, cache_fd)
+        listener.settimeout(PATIENCE_S)
+        with listener.accept()[0] as asking:
+            asking.settimeout(PATIENCE_S)
+            assert asking.recv(10).startswith(b"GET /v1/")
+            worker.send(Cancel(5))
+            assert worker.answer() == Failed(5, "cancelled", "was cancelled")
+    assert not any("cache.data" in name for name in worker.open_files())
