@@ -16,6 +16,7 @@ from benchmarks.simulation.origin import Origin
 from benchmarks.simulation.roster import Roster
 from benchmarks.simulation.weather import Weather
 from manta.errors import Unavailable
+from manta.fetch.scheduler import Want
 from manta.model.extents import CHUNK_SIZE
 from manta.model.ids import BlobAlgorithm, BlobId
 
@@ -62,13 +63,16 @@ class Outcome:
 
 
 class Cluster:
-    """`size` bytes of one blob, read by every node of `weather` from its first byte to its last. See `node.Swarm`."""
+    """A model of `size` bytes in `shards` files, which every node of `weather` reads from the first byte to the last. See `node.Swarm`."""
 
-    def __init__(self, weather: Weather, size: int, policy: Policy | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, weather: Weather, size: int, policy: Policy | None = None, *, shards: int = 1, seed: int = 0
+    ) -> None:
         self.weather, self.policy = weather, policy or Policy()
-        self.size = size
-        self.chunks = -(-size // CHUNK_SIZE)
-        self.blob = BlobId(BlobAlgorithm.SHA256, f"{seed:064x}")
+        self._shard_bytes = size // shards
+        self.size = self._shard_bytes * shards
+        blobs = (BlobId(BlobAlgorithm.SHA256, f"{(seed << 32) + shard:064x}") for shard in range(shards))
+        self.files = dict.fromkeys(blobs, -(-self._shard_bytes // CHUNK_SIZE))
         self.clock = Clock()
         self.origin = Origin(weather.hub)
         sites = weather.sites
@@ -89,8 +93,9 @@ class Cluster:
     def _prepare(self) -> None:
         clock = self.clock
         for node, site in zip(self.nodes, self.weather.sites, strict=True):
-            for chunk in range(round(site.has * self.chunks)):
-                node.put(chunk)
+            for blob, chunks in self.files.items():
+                for chunk in range(round(site.has * chunks)):
+                    node.cache.put(blob, chunk)
             clock.at(site.starts, node.start)
         for crash in self.weather.crashes:
             node = self.nodes[crash.node]
@@ -118,8 +123,8 @@ class Cluster:
 
     # node.Swarm ------------------------------------------------------------------------------------------------------
 
-    def size_of(self, chunk: int) -> int:
-        return min(CHUNK_SIZE, self.size - chunk * CHUNK_SIZE)
+    def size_of(self, want: Want) -> int:
+        return min(CHUNK_SIZE, self._shard_bytes - want.chunk * CHUNK_SIZE)
 
     def apart(self, one: int, other: int) -> bool:
         return any((one in side) != (other in side) for side in self._sides)
@@ -151,8 +156,9 @@ class Cluster:
                 raise Unavailable(f"{len(self._to_come)} nodes wait for something that never happens.")
             else:
                 clock.now = max(due, clock.now)
-                for flow in links.proceed(clock.now):
-                    done, order = self._flows.pop(flow)
+                # All of them first: what one's end begins may get another's number.
+                for done, order in [self._flows.pop(flow) for flow in links.proceed(clock.now)]:
+                    order.flow = None
                     done(order)
             if clock.now > limit_s:
                 raise Unavailable(f"After {limit_s:g} simulated seconds {len(self._to_come)} nodes are not done.")

@@ -102,9 +102,13 @@ class Links:
 
     def stop(self, now: float, flow: int) -> float:
         """The flow ends here. Returns the bytes that are missing."""
-        left = max(0.0, float(self._left[flow] - self._rate[flow] * (now - self._at)))
+        left = self.left(now, flow)
         self._end(now, flow)
         return left
+
+    def left(self, now: float, flow: int) -> float:
+        """The bytes of it that are missing."""
+        return max(0.0, float(self._left[flow] - self._rate[flow] * (now - self._at)))
 
     def set_cap(self, now: float, flow: int, cap: float) -> None:
         """0 holds it where it is."""

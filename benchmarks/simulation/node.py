@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from benchmarks.simulation.clock import Clock
+from benchmarks.simulation.holdings import Holdings
 from benchmarks.simulation.links import Links
 from benchmarks.simulation.origin import Origin
 from benchmarks.simulation.roster import Roster, SharedChoice
@@ -20,6 +21,7 @@ from manta.fetch.fetcher import LOOK_SECONDS
 from manta.fetch.gate import SwarmGate
 from manta.fetch.pacing import Pacer
 from manta.fetch.peer_flight import PATIENCE_SECONDS, SILENT_SECONDS, STALL_SECONDS, URGENT_SECONDS
+from manta.fetch.peer_orders import BLOCKED_SECONDS, BLOCKED_SECONDS_MAX
 from manta.fetch.readahead import Readahead
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
@@ -51,8 +53,6 @@ class Policy:
     connections: int = 16
     """To the origin, at most."""
     fill: bool = True
-    retry_s: float = 0.1
-    """How soon it is looked again where something was held back."""
 
 
 class Swarm(Protocol):
@@ -65,12 +65,12 @@ class Swarm(Protocol):
     policy: Policy
     roster: Roster
     nodes: list[Node]
-    blob: BlobId
-    chunks: int
+    files: dict[BlobId, int]
+    """The model's files in the order in which they are read, and how many chunks each has."""
     look_s: float
     """The least time between two looks of a node at what to order."""
 
-    def size_of(self, chunk: int) -> int: ...
+    def size_of(self, want: Want) -> int: ...
 
     def apart(self, one: int, other: int) -> bool:
         """Whether a partition lies between them."""
@@ -103,6 +103,8 @@ class Order:
     """It has a slot of its giver's."""
     first: float = 0.0
     """When its bytes began to flow."""
+    noted: float = 0.0
+    """Bytes from the origin that the pacer knows of."""
     over: bool = False
 
 
@@ -134,12 +136,11 @@ class Node:
     def __init__(self, swarm: Swarm, place: int, seed: int) -> None:
         self.swarm, self.place = swarm, place
         self.name = swarm.roster.names[place]
+        self.cache = Holdings(swarm.files)
         self.counts = Counts()
         self.up = self.silent = False
         """`silent`: it is down, and nobody is told."""
         self._chance = random.Random(f"{seed}/{place}")
-        self._have = bytearray(-(-swarm.chunks // 8))
-        self._count = 0
         self._begin_life()
 
     def _begin_life(self) -> None:
@@ -150,35 +151,21 @@ class Node:
         self.gate = SwarmGate(self.choice, self, lambda: swarm.clock.now)
         self.pacer = pacer = Pacer(policy.connections)
         gate = self.gate if policy.swarm else None
-        self.scheduler = Scheduler(lambda: pacer.connections, self._next_missing, gate=gate)
-        self._readahead = Readahead(ChunkGrid(swarm.chunks * CHUNK_SIZE))
-        self._at = -1  # the chunk that the reader waits for
+        self.scheduler = Scheduler(lambda: pacer.connections, self.cache.next_missing, gate=gate)
+        self._to_read = list(swarm.files)
+        self._opened: dict[BlobId, None] = {}
+        """Files of which anything is wanted, by readers here or members."""
+        self._readahead: Readahead | None = None
+        self._at = 0  # the chunk of the first file of `_to_read` that the reader waits for
         self._orders: set[Order] = set()
         self._from_origin = 0  # of them
         self._pausing_until = float("-inf")
         self._mute: dict[str, int] = {}  # members that say nothing, and how many orders they have
         self._look_at, self._looked_at = float("inf"), float("-inf")
+        self._polling = False
+        self._pause_s = BLOCKED_SECONDS
 
-    # The cache -------------------------------------------------------------------------------------------------------
-
-    def has(self, chunk: int) -> bool:
-        return bool(self._have[chunk >> 3] & 1 << (chunk & 7))
-
-    def put(self, chunk: int) -> None:
-        if not self.has(chunk):
-            self._have[chunk >> 3] |= 1 << (chunk & 7)
-            self._count += 1
-
-    @property
-    def complete(self) -> bool:
-        return self._count == self.swarm.chunks
-
-    def _next_missing(self, _blob: BlobId, chunk: int) -> int | None:
-        if self.complete:
-            return None
-        return next((c for c in range(chunk, self.swarm.chunks) if not self.has(c)), None)
-
-    # gate.Origin: what the fetcher knows of the way to the origin ----------------------------------------------------
+    # gate.Origin: what the fetcher knows of the way to the origin, and of the cache ------------------------------------
 
     def reachable(self, _blob: BlobId, now: float) -> bool:
         return now >= self._pausing_until
@@ -189,29 +176,23 @@ class Node:
     def alone(self, _blob: BlobId) -> bool:
         return False
 
-    def missing(self, _blob: BlobId) -> list[int]:
-        return [chunk for chunk in range(self.swarm.chunks) if not self.has(chunk)]
+    def missing(self, blob: BlobId) -> list[int]:
+        return self.cache.missing(blob)
 
-    def lacks(self, _blob: BlobId, chunk: int) -> bool:
-        return not self.has(chunk)
+    def lacks(self, blob: BlobId, chunk: int) -> bool:
+        return not self.cache.has(blob, chunk)
+
+    def generation(self, _blob: BlobId) -> int:
+        return self.cache.generation
 
     # Its life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """The node is there, and its reader begins."""
-        now, blob = self.swarm.clock.now, self.swarm.blob
         self.up, self.silent = True, False
         if not self.counts.crashes:
-            self.counts.began_at = now
-        if self.complete:
-            self._finish()
-            return
-        if self.swarm.policy.swarm:
-            self.choice.follow([str(blob)], now)
-            self._poll(self.choice)
+            self.counts.began_at = self.swarm.clock.now
         self._read_on()
-        if self.swarm.policy.fill:
-            self.scheduler.want_whole(blob, Priority.FILL)
         self._pace(self.pacer)
         self._stir()
 
@@ -228,45 +209,79 @@ class Node:
         for order in uploads:
             order.taker.unanswered(order)
         if not keeps_cache:
-            self._have, self._count = bytearray(len(self._have)), 0
+            self.cache.lose_all()
             self.counts.done_at = None
 
-    def _finish(self) -> None:
-        self.choice.follow((), self.swarm.clock.now)
-        if self.counts.done_at is None:
-            self.counts.done_at = self.swarm.clock.now
-            self.swarm.completed(self)
+    def _open(self, blob: BlobId) -> None:
+        """Something of `blob` is wanted: who has what of it is of interest."""
+        if blob not in self._opened and not self.cache.complete(blob):
+            self._opened[blob] = None
+            if self.swarm.policy.swarm:
+                self.choice.follow(map(str, self._opened), self.swarm.clock.now)
+                self._ask_members()
+                if not self._polling:
+                    self._polling = True
+                    self.swarm.clock.after(POLL_SECONDS, self._poll, self.choice)
 
     def _read_on(self) -> None:
-        """The reader takes what is there, in order, and waits for the next chunk."""
-        swarm, at = self.swarm, self._at
-        while at < 0 or (at < swarm.chunks and self.has(at)):
-            at += 1
-            if at < swarm.chunks:
+        """The reader takes what is there, file after file and each in order, and waits for the next chunk."""
+        swarm = self.swarm
+        while self._to_read:
+            blob = self._to_read[0]
+            chunks = swarm.files[blob]
+            if self._readahead is None:
+                self._readahead, self._at = Readahead(ChunkGrid(chunks * CHUNK_SIZE)), 0
+                self._open(blob)
+                if swarm.policy.fill and not self.cache.complete(blob):
+                    self.scheduler.want_whole(blob, Priority.FILL)
+            while self._at < chunks:
+                at = self._at
                 ahead = self._readahead.observe(Extent(at * CHUNK_SIZE, (at + 1) * CHUNK_SIZE))
-                missing = [(chunk, chunk * CHUNK_SIZE) for chunk in ahead if not self.has(chunk)]
-                self.scheduler.look_ahead(swarm.blob, "reader", missing)
-                if not self.has(at):
-                    self.scheduler.demand(swarm.blob, at, at * CHUNK_SIZE)
-        self._at = at
+                missing = [(chunk, chunk * CHUNK_SIZE) for chunk in ahead if not self.cache.has(blob, chunk)]
+                self.scheduler.look_ahead(blob, "reader", missing)
+                if not self.cache.has(blob, at):
+                    self.scheduler.demand(blob, at, at * CHUNK_SIZE)
+                    return
+                self._at += 1
+            self._to_read.pop(0)
+            self._readahead = None
+        if self.counts.done_at is None:
+            self.counts.done_at = swarm.clock.now
+            swarm.completed(self)
 
     def fetch_for(self, order: Order) -> None:
         """A member waits for a chunk that it wants us to get."""
         want = order.want
-        self.gate.behalf.add(want.key)
+        self._open(want.blob)
+        self.gate.behalf[want.key] += 1
         if want.priority <= Priority.READAHEAD:
             self.scheduler.demand(want.blob, want.chunk, want.chunk * CHUNK_SIZE)
         else:
             self.scheduler.want_rest(want.blob, want.chunk)
         self._stir()
 
+    def fetches_for_nobody(self, key: tuple[BlobId, int]) -> None:
+        """No member waits for the chunk any more."""
+        self.gate.behalf.pop(key, None)
+
     # Who is there ----------------------------------------------------------------------------------------------------
 
     def _poll(self, choice: SharedChoice) -> None:
-        """Asks members what they have. `choice` tells whether it is still the same process."""
-        if choice is not self.choice or self.complete:
+        """Once a second, as long as anything is wanted. `choice` tells whether it is still the same process."""
+        if choice is not self.choice:
             return
-        swarm, blob, now = self.swarm, str(self.swarm.blob), self.swarm.clock.now
+        for blob in [blob for blob in self._opened if self.cache.complete(blob)]:
+            del self._opened[blob]
+        choice.follow(map(str, self._opened), self.swarm.clock.now)
+        self._polling = bool(self._opened)
+        if self._polling:
+            self._ask_members()
+            self._stir()
+            self.swarm.clock.after(POLL_SECONDS, self._poll, choice)
+
+    def _ask_members(self) -> None:
+        """Asks members what they have."""
+        swarm, choice = self.swarm, self.choice
         others = len(swarm.nodes) - 1
         places = range(others) if others <= POLLED_MAX else self._chance.sample(range(others), POLLED_MAX)
         for place in places:
@@ -276,10 +291,9 @@ class Node:
             if not self._reaches(other):
                 swarm.clock.after(SUSPECT_SECONDS, self._lose, other, choice)
                 continue
-            choice.presence(other.name, blob, bytes(other._have))
+            for blob in self._opened:
+                choice.presence(other.name, str(blob), other.cache.bitmap(blob))
             self._pausing_until = max(self._pausing_until, other._pausing_until)
-        self._stir()
-        swarm.clock.at(now + POLL_SECONDS, self._poll, choice)
 
     def _reaches(self, other: Node) -> bool:
         return other.up and not self.swarm.apart(self.place, other.place)
@@ -288,7 +302,6 @@ class Node:
         """`other` has not answered: it is no member any more, until it answers."""
         if choice is self.choice and not self._reaches(other) and other.name not in choice.hidden:
             choice.hide(other.name)
-            self.gate.members_changed()
             self.swarm.clock.after(SUSPECT_SECONDS, self._probe, other, choice, SUSPECT_SECONDS)
 
     def _probe(self, other: Node, choice: SharedChoice, pause_s: float) -> None:
@@ -296,9 +309,8 @@ class Node:
             return
         if self._reaches(other):
             choice.show(other.name)
-            self.gate.members_changed()
             self._stir()
-        elif not self.complete:
+        elif not self.cache.all:
             longer = min(2 * pause_s, PROBE_SECONDS_MAX)
             self.swarm.clock.after(longer, self._probe, other, choice, longer)
 
@@ -321,9 +333,12 @@ class Node:
         self.counts.looks += 1
         while (want := self.scheduler.next(now)) is not None:
             self._send(want)
-        if self.gate.blocked:
-            self.gate.blocked = False
-            self._stir(now + self.swarm.policy.retry_s)
+        blocked, self.gate.blocked = self.gate.blocked, None
+        if blocked is not None and blocked < Priority.PREFETCH:
+            self._stir(now + BLOCKED_SECONDS)
+        elif blocked is not None:
+            self._stir(now + self._pause_s)
+            self._pause_s = min(2 * self._pause_s, BLOCKED_SECONDS_MAX)
         if (change := self.scheduler.next_change(now)) is not None:
             self._stir(change)
 
@@ -332,6 +347,7 @@ class Node:
         source = self.gate.source(want.blob, want.chunk, want.priority) if self.swarm.policy.swarm else FromOrigin()
         match source:
             case Peer(name, pull):
+                self._pause_s = BLOCKED_SECONDS
                 self.scheduler.beside(want)
                 self.choice.begin(name)
                 order = Order(want, self, self.swarm.nodes[self.swarm.roster.places[name]], pull, now)
@@ -343,20 +359,28 @@ class Node:
                 self._from_origin += 1
                 self._ask_origin(order)
             case FromOrigin():
-                self._unable_for(want.chunk, self._pausing_until - now)
+                self._unable_for(want, self._pausing_until - now)
                 self.scheduler.again(want, self._pausing_until)
             case _:
-                self.scheduler.again(want, now + self.swarm.policy.retry_s)
+                self.scheduler.again(want, now + BLOCKED_SECONDS)
 
     def _pace(self, pacer: Pacer) -> None:
         """Looks whether more connections to the origin pay."""
-        if pacer is self.pacer and not self.complete:
+        if pacer is self.pacer and not self.cache.all:
             if self._from_origin:
                 before = pacer.connections
+                for order in self._orders:
+                    if order.giver is None and order.flow is not None:
+                        self._note(order, self.swarm.links.left(self.swarm.clock.now, order.flow))
                 pacer.look(self._from_origin, self.swarm.clock.now)
                 if pacer.connections > before:
                     self._stir()
             self.swarm.clock.after(LOOK_SECONDS, self._pace, pacer)
+
+    def _note(self, order: Order, left: float) -> None:
+        came = self.swarm.size_of(order.want) - left
+        self.pacer.came(int(came - order.noted))
+        order.noted = came
 
     # From the origin -------------------------------------------------------------------------------------------------
 
@@ -374,7 +398,7 @@ class Node:
         if not order.over:
             swarm = self.swarm
             order.first = swarm.clock.now
-            size, cap = swarm.size_of(order.want.chunk), swarm.origin.hub.per_connection
+            size, cap = swarm.size_of(order.want), swarm.origin.hub.per_connection
             order.flow = swarm.carry(len(swarm.nodes), self.place, size, cap, self._came, order)
 
     def _paused(self, order: Order, pause_s: float) -> None:
@@ -384,21 +408,21 @@ class Node:
         now = self.swarm.clock.now
         self._pausing_until = max(self._pausing_until, now + pause_s)
         self._end(order)
-        self._unable_for(order.want.chunk, pause_s)
+        self._unable_for(order.want, pause_s)
         # Members may have it, or reach the origin: the gate says so.
         self.scheduler.again(order.want)
         self._stir()
 
-    def _unable_for(self, chunk: int, pause_s: float) -> None:
-        self.gate.behalf.discard((self.swarm.blob, chunk))
-        self.uploads.cannot(chunk, pause_s)
+    def _unable_for(self, want: Want, pause_s: float) -> None:
+        self.fetches_for_nobody(want.key)
+        self.uploads.cannot(want.key, pause_s)
 
     def _came(self, order: Order) -> None:
-        now, size = self.swarm.clock.now, self.swarm.size_of(order.want.chunk)
+        now, size = self.swarm.clock.now, self.swarm.size_of(order.want)
         order.flow = None
         self.counts.from_origin += size
         self.swarm.origin.sent += size
-        self.pacer.came(size)
+        self._note(order, 0.0)
         self.pacer.succeeded()
         self.scheduler.learn(order.first - order.began, now - order.began)
         self._end(order)
@@ -419,30 +443,30 @@ class Node:
     def received(self, order: Order) -> None:
         """All of it has come."""
         assert order.giver is not None
-        now, size = self.swarm.clock.now, self.swarm.size_of(order.want.chunk)
+        now, size = self.swarm.clock.now, self.swarm.size_of(order.want)
         self.counts.from_peers += size
         self._end(order)
-        self.choice.got(order.giver.name, str(self.swarm.blob), order.want.chunk, size, now - order.first)
+        self.choice.got(order.giver.name, str(order.want.blob), order.want.chunk, size, now - order.first)
         self._record(order)
 
     def refused(self, order: Order, holders: list[str]) -> None:
         """There is no slot."""
         if self._comes_to_nothing(order):
             self.counts.busy += 1
-            self.choice.busy(self._giver(order), str(self.swarm.blob), order.want.chunk, holders, self.swarm.clock.now)
+            self.choice.busy(self._giver(order), str(order.want.blob), order.want.chunk, holders, self.swarm.clock.now)
 
     def lacking(self, order: Order) -> None:
         """The member does not have it."""
         if self._comes_to_nothing(order):
             self.counts.lacked += 1
-            self.choice.lacks(self._giver(order), str(self.swarm.blob), order.want.chunk, self.swarm.clock.now)
+            self.choice.lacks(self._giver(order), str(order.want.blob), order.want.chunk, self.swarm.clock.now)
 
     def denied(self, order: Order, pause_s: float) -> None:
         """The member could not get it: the origin wants to be left alone for so long, by us too."""
         if self._comes_to_nothing(order):
             now = self.swarm.clock.now
             self._pausing_until = max(self._pausing_until, now + pause_s)
-            self.choice.unable(self._giver(order), str(self.swarm.blob), order.want.chunk, now)
+            self.choice.unable(self._giver(order), str(order.want.blob), order.want.chunk, now)
 
     def _impatient(self, order: Order) -> None:
         """The member fetches on our behalf, and has not got it."""
@@ -459,7 +483,7 @@ class Node:
             self.swarm.links.set_cap(clock.now, order.flow, 0.0)
         if giver.silent or self.swarm.apart(self.place, giver.place):
             clock.after(SILENT_SECONDS, self._falls_silent, order)
-            urgent = order.want.priority is Priority.DEMAND or order.want.chunk == self._at
+            urgent = order.want.priority is Priority.DEMAND
             clock.after(URGENT_SECONDS if urgent else STALL_SECONDS, self._lost, order)
         else:
             clock.after(2 * self.swarm.weather.latency_s, self._lost, order)
@@ -497,14 +521,13 @@ class Node:
         return True
 
     def _record(self, order: Order) -> None:
-        chunk = order.want.chunk
-        self.put(chunk)
-        self.scheduler.finished(order.want)
-        self.gate.behalf.discard(order.want.key)
-        self.uploads.arrived(chunk)
-        if self.complete:
-            self._finish()
-        elif chunk == self._at:
+        want = order.want
+        self.cache.put(want.blob, want.chunk)
+        self.scheduler.finished(want)
+        self.fetches_for_nobody(want.key)
+        self.uploads.arrived(want.key)
+        if self._to_read and want.key == (self._to_read[0], self._at):
+            self._at += 1  # its window is as it was when the reader began to wait
             self._read_on()
         self._stir()
 
@@ -514,7 +537,7 @@ class Node:
         self._orders.discard(order)
         came = 0.0
         if order.flow is not None:
-            came = self.swarm.size_of(order.want.chunk) - self.swarm.drop(order.flow)
+            came = self.swarm.size_of(order.want) - self.swarm.drop(order.flow)
             order.flow = None
             self.counts.wasted += came
         if order.giver is None:

@@ -92,6 +92,7 @@ class SharedChoice(Choice):
             for have in self._have.values():
                 have.pop(node, None)
             self._rankings.clear()
+            self.epoch += 1
 
     def show(self, node: str) -> None:
         """`node` is a member again."""
@@ -100,6 +101,7 @@ class SharedChoice(Choice):
             if node in self._gone:
                 self._table[node] = self._gone.pop(node)
             self._rankings.clear()
+            self.epoch += 1
 
     def set_members(self, nodes: Iterable[str]) -> None:
         wanted = set(nodes)

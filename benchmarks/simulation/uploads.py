@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from manta.model.ids import BlobId
 from manta.swarm.protocol import HOLD_SECONDS
 from manta.swarm.slots import Recipients, Slots
 
@@ -20,8 +21,8 @@ class Uploads:
         self._swarm = node.swarm
         self._slots, self._recipients = Slots(node.swarm.policy.slots), Recipients()
         self._flowing: set[Order] = set()
-        self._waiting: defaultdict[int, dict[Order, float]] = defaultdict(dict)  # by chunk, and since when
-        self._free_at = 0.0  # when the peper process has answered all that came so far
+        self._waiting: defaultdict[tuple[BlobId, int], dict[Order, float]] = defaultdict(dict)  # by chunk, and since when
+        self._free_at = 0.0  # when the peer process has answered all that came so far
 
     def ask(self, order: Order) -> None:
         """The request has come; it is answered in its turn."""
@@ -43,29 +44,29 @@ class Uploads:
     def _answer(self, order: Order) -> None:
         if not self._here(order):
             return
-        node, chunk, clock = self._node, order.want.chunk, self._swarm.clock
-        if node.has(chunk):
+        node, want, clock = self._node, order.want, self._swarm.clock
+        if node.cache.has(want.blob, want.chunk):
             if self._slots.acquire(order.taker.name):
                 node.counts.slots_most = max(node.counts.slots_most, self._slots.busy)
                 self._flowing.add(order)
                 order.giving, order.first = True, clock.now
-                size = self._swarm.size_of(chunk)
+                size = self._swarm.size_of(want)
                 order.flow = self._swarm.carry(node.place, order.taker.place, size, float("inf"), self._given, order)
             else:
-                holders = self._recipients.holders(str(self._swarm.blob), chunk, order.taker.name)
+                holders = self._recipients.holders(str(want.blob), want.chunk, order.taker.name)
                 clock.after(self._swarm.weather.latency_s, order.taker.refused, order, holders)
         elif order.pull:
-            self._waiting[chunk][order] = clock.now
+            self._waiting[want.key][order] = clock.now
             node.fetch_for(order)
         else:
             clock.after(self._swarm.weather.latency_s, order.taker.lacking, order)
 
     def _given(self, order: Order) -> None:
-        size = self._swarm.size_of(order.want.chunk)
+        size = self._swarm.size_of(order.want)
         order.flow = None
         self._node.counts.to_peers += size
         self.give_back(order)
-        self._recipients.given(str(self._swarm.blob), order.want.chunk, order.taker.name)
+        self._recipients.given(str(order.want.blob), order.want.chunk, order.taker.name)
         order.taker.received(order)
 
     def give_back(self, order: Order) -> None:
@@ -74,11 +75,13 @@ class Uploads:
             order.giving = False
             self._flowing.discard(order)
             self._slots.release(order.taker.name)
-        self._waiting[order.want.chunk].pop(order, None)
+        if (waiting := self._waiting.get(order.want.key)) is not None and waiting.pop(order, None) is not None and not waiting:
+            del self._waiting[order.want.key]
+            self._node.fetches_for_nobody(order.want.key)
 
-    def arrived(self, chunk: int) -> None:
-        """The node has `chunk` now: those who wait for it are answered. Each has asked again twice a second, which was to be answered too."""
-        waiting = self._waiting.pop(chunk, {})
+    def arrived(self, key: tuple[BlobId, int]) -> None:
+        """The node has that chunk now: those who wait for it are answered. Each has asked again twice a second, which was to be answered too."""
+        waiting = self._waiting.pop(key, {})
         now, cost = self._swarm.clock.now, self._swarm.weather.request_s
         for order, since in waiting.items():
             again = int((now - since) / HOLD_SECONDS)
@@ -86,13 +89,10 @@ class Uploads:
             self._free_at = max(self._free_at, now) + cost * (1 + min(again, 1))
             self._swarm.clock.at(self._free_at, self._answer, order)
 
-    def cannot(self, chunk: int, pause_s: float) -> None:
-        """The origin did not give `chunk`: those who wait for it are told."""
-        for order in self._waiting.pop(chunk, {}):
+    def cannot(self, key: tuple[BlobId, int], pause_s: float) -> None:
+        """The origin did not give that chunk: those who wait for it are told."""
+        for order in self._waiting.pop(key, {}):
             self._swarm.clock.after(self._swarm.weather.latency_s, order.taker.denied, order, pause_s)
-
-    def waited_for(self, chunk: int) -> bool:
-        return bool(self._waiting.get(chunk))
 
     @property
     def open(self) -> list[Order]:
