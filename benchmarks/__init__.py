@@ -5,6 +5,7 @@ Every figure that a goal is about is a ratio to something measured in the same r
     __main__    the command: arguments, signals, exit codes, where results go
     cold, ttfb, parallel, load, faults, metadata, loopback, warm, survive   the benchmarks, one module each
     cluster, churn, peerpath    those of many nodes
+    simulate    the swarm in discrete time, for as many nodes as there may be; simulation/ is what it runs on
     report      what a benchmark returns: runs, table, goals, chart; the JSON contract
     rig         what a benchmark runs on: the hub behind its link, mounts, curl, readers
     fleet       what the benchmarks of many nodes share: a model of a few shards, links, nodes that read at once

@@ -25,6 +25,7 @@ from benchmarks import (
     metadata,
     parallel,
     peerpath,
+    simulate,
     survive,
     ttfb,
     warm,
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "cluster": cluster,
     "churn": churn,
     "peerpath": peerpath,
+    "simulate": simulate,
 }
 
 MISSED = 1
@@ -80,7 +82,7 @@ def main(arguments: list[str]) -> int:
     module = BENCHMARKS[options.name]
     try:
         machine.require(module.PROGRAMS)
-        if reason := netns.obstacle():
+        if "ip" in module.PROGRAMS and (reason := netns.obstacle()):
             raise MantaError(f"The hub cannot be put behind a link: {reason}")
         report: Report = module.run(options)
     except (MantaError, HubError) as error:

@@ -59,7 +59,11 @@ def _draw_curves(chart: Curves, path: Path) -> None:
     axes = figure.add_subplot()
     for (label, points), color in zip(chart.curves, itertools.cycle((BAR_COLOR, *LEVEL_COLORS)), strict=False):
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color=color, label=label)
-    axes.set_xticks(sorted({x for _, points in chart.curves for x, _ in points}))
+    places = sorted({x for _, points in chart.curves for x, _ in points})
+    if chart.logarithmic:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(places, [format_cell(place) for place in places])
     axes.set_ylim(bottom=0)
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.unit)

@@ -62,6 +62,8 @@ class Curves:
     x: str
     unit: str
     curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]
+    logarithmic: bool = False
+    """In x."""
 
 
 @dataclass(slots=True)

@@ -5,9 +5,11 @@
     roster    the policy's table of members and rankings, kept once for all nodes instead of once for each
     weather   what a network and its trouble are like: links, latencies, crashes, partitions, refusals
     origin    the hub: one link, requests, 429
-    node      one node: reader, scheduler, gate, choice, slots, put together as daemon and peer process do
+    holdings  what a node has in its cache
+    node      one node: reader, scheduler, gate, choice, put together as the daemon does
+    uploads   what it gives to others: slots and recipients, as its peer process has them
     cluster   many of them, from the start to the last one's end; what is counted
-    plots     time and copies against N, as PNG
+    study     what the benchmark runs, and its tables
 
 Nothing here waits, listens or touches a disk. All that is random comes from the seed. docs/swarm-simulation.md says what is modelled.
 """

@@ -24,8 +24,6 @@ ROUNDS_MAX = 24
 LEVEL_SHARE = 1e-3
 """Shares that differ by less are one level: equal links never come out equal to the last bit."""
 
-_DONE_BYTES = 1e-3
-
 
 def fair_rates(source: Integers, target: Integers, caps: Floats, up: Floats, down: Floats) -> Floats:
     """The max-min fair rates of flows from `source` to `target` (indices into `up` and `down`), none above its cap.
@@ -154,7 +152,7 @@ class Links:
         self._rate[live] = rates
         moving = rates > 0
         flows = live[moving]
-        ends = now + np.maximum(self._left[flows] - _DONE_BYTES, 0.0) / rates[moving]
+        ends = now + self._left[flows] / rates[moving]
         if not len(ends):
             self._ending = []
             return

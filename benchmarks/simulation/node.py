@@ -33,7 +33,10 @@ POLLED_MAX = 16
 """Members that are asked what they have, each time."""
 
 SUSPECT_SECONDS = 1.0
-"""A member that does not answer for so long is none, until it answers again."""
+"""A member that does not answer for so long is suspect: not asked, but it keeps what it owns."""
+
+MISSES = 3
+"""In a row, and it is no member any more, until it answers."""
 
 PROBE_SECONDS_MAX = 30.0
 """How seldom a lost member is asked again in the end; after SUSPECT_SECONDS at first, then half as often each time."""
@@ -99,8 +102,6 @@ class Order:
     pull: bool
     began: float
     flow: int | None = None
-    giving: bool = False
-    """It has a slot of its giver's."""
     first: float = 0.0
     """When its bytes began to flow."""
     noted: float = 0.0
@@ -138,7 +139,7 @@ class Node:
         self.name = swarm.roster.names[place]
         self.cache = Holdings(swarm.files)
         self.counts = Counts()
-        self.up = self.silent = False
+        self.up, self.silent = True, False
         """`silent`: it is down, and nobody is told."""
         self._chance = random.Random(f"{seed}/{place}")
         self._begin_life()
@@ -157,12 +158,13 @@ class Node:
         """Files of which anything is wanted, by readers here or members."""
         self._readahead: Readahead | None = None
         self._at = 0  # the chunk of the first file of `_to_read` that the reader waits for
-        self._orders: set[Order] = set()
+        self._orders: dict[Order, None] = {}  # in their order: a set's is another in each run
         self._from_origin = 0  # of them
         self._pausing_until = float("-inf")
         self._mute: dict[str, int] = {}  # members that say nothing, and how many orders they have
         self._look_at, self._looked_at = float("inf"), float("-inf")
         self._polling = False
+        self._missing: set[str] = set()  # members that did not answer the last time
         self._pause_s = BLOCKED_SECONDS
 
     # gate.Origin: what the fetcher knows of the way to the origin, and of the cache ------------------------------------
@@ -188,7 +190,7 @@ class Node:
     # Its life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """The node is there, and its reader begins."""
+        """The reader begins, and the node where it was down."""
         self.up, self.silent = True, False
         if not self.counts.crashes:
             self.counts.began_at = self.swarm.clock.now
@@ -286,10 +288,12 @@ class Node:
         places = range(others) if others <= POLLED_MAX else self._chance.sample(range(others), POLLED_MAX)
         for place in places:
             other = swarm.nodes[place + (place >= self.place)]
-            if other.name in choice.hidden:
+            if other.name in choice.hidden or other.name in self._missing:
                 continue
             if not self._reaches(other):
-                swarm.clock.after(SUSPECT_SECONDS, self._lose, other, choice)
+                self._missing.add(other.name)
+                silent = other.silent or swarm.apart(self.place, other.place)
+                swarm.clock.after(SUSPECT_SECONDS if silent else 0.0, self._miss, other, choice, 1)
                 continue
             for blob in self._opened:
                 choice.presence(other.name, str(blob), other.cache.bitmap(blob))
@@ -298,21 +302,23 @@ class Node:
     def _reaches(self, other: Node) -> bool:
         return other.up and not self.swarm.apart(self.place, other.place)
 
-    def _lose(self, other: Node, choice: SharedChoice) -> None:
-        """`other` has not answered: it is no member any more, until it answers."""
-        if choice is self.choice and not self._reaches(other) and other.name not in choice.hidden:
-            choice.hide(other.name)
-            self.swarm.clock.after(SUSPECT_SECONDS, self._probe, other, choice, SUSPECT_SECONDS)
-
-    def _probe(self, other: Node, choice: SharedChoice, pause_s: float) -> None:
+    def _miss(self, other: Node, choice: SharedChoice, misses: int) -> None:
+        """`other` has not answered `misses` times."""
         if choice is not self.choice:
             return
         if self._reaches(other):
+            self._missing.discard(other.name)
+            choice.suspect(other.name, False)
             choice.show(other.name)
             self._stir()
-        elif not self.cache.all:
-            longer = min(2 * pause_s, PROBE_SECONDS_MAX)
-            self.swarm.clock.after(longer, self._probe, other, choice, longer)
+            return
+        if misses < MISSES:
+            choice.suspect(other.name, True)
+        else:
+            choice.hide(other.name)
+        if not self.cache.all:
+            pause_s = min(SUSPECT_SECONDS * 2 ** max(0, misses - MISSES), PROBE_SECONDS_MAX)
+            self.swarm.clock.after(pause_s, self._miss, other, choice, misses + 1)
 
     # What to order ---------------------------------------------------------------------------------------------------
 
@@ -351,11 +357,11 @@ class Node:
                 self.scheduler.beside(want)
                 self.choice.begin(name)
                 order = Order(want, self, self.swarm.nodes[self.swarm.roster.places[name]], pull, now)
-                self._orders.add(order)
+                self._orders[order] = None
                 self._ask(order)
             case FromOrigin() if self.reachable(want.blob, now):
                 order = Order(want, self, None, False, now)
-                self._orders.add(order)
+                self._orders[order] = None
                 self._from_origin += 1
                 self._ask_origin(order)
             case FromOrigin():
@@ -534,7 +540,7 @@ class Node:
     def _end(self, order: Order) -> None:
         """Nothing more comes of `order`; what came of one that broke off is of no use."""
         order.over = True
-        self._orders.discard(order)
+        self._orders.pop(order, None)
         came = 0.0
         if order.flow is not None:
             came = self.swarm.size_of(order.want) - self.swarm.drop(order.flow)

@@ -83,6 +83,11 @@ class SharedChoice(Choice):
         """Those of the roster that are no members now; not to be written to."""
         return self._table.hidden
 
+    def suspect(self, node: str, missing: bool) -> None:
+        """`node` did not answer the last time, or did."""
+        if node in self._table:
+            self._table[node].suspect = missing
+
     def hide(self, node: str) -> None:
         """`node` is no member any more."""
         if node in self._table:

@@ -20,7 +20,7 @@ class Uploads:
         self._node = node
         self._swarm = node.swarm
         self._slots, self._recipients = Slots(node.swarm.policy.slots), Recipients()
-        self._flowing: set[Order] = set()
+        self._flowing: dict[Order, None] = {}
         self._waiting: defaultdict[tuple[BlobId, int], dict[Order, float]] = defaultdict(dict)  # by chunk, and since when
         self._free_at = 0.0  # when the peer process has answered all that came so far
 
@@ -48,8 +48,8 @@ class Uploads:
         if node.cache.has(want.blob, want.chunk):
             if self._slots.acquire(order.taker.name):
                 node.counts.slots_most = max(node.counts.slots_most, self._slots.busy)
-                self._flowing.add(order)
-                order.giving, order.first = True, clock.now
+                self._flowing[order] = None
+                order.first = clock.now
                 size = self._swarm.size_of(want)
                 order.flow = self._swarm.carry(node.place, order.taker.place, size, float("inf"), self._given, order)
             else:
@@ -71,9 +71,8 @@ class Uploads:
 
     def give_back(self, order: Order) -> None:
         """`order` needs no slot, and nobody waits for it."""
-        if order.giving:
-            order.giving = False
-            self._flowing.discard(order)
+        if order in self._flowing:
+            del self._flowing[order]
             self._slots.release(order.taker.name)
         if (waiting := self._waiting.get(order.want.key)) is not None and waiting.pop(order, None) is not None and not waiting:
             del self._waiting[order.want.key]
