@@ -116,8 +116,8 @@ class SwarmConfig:
     """The name in the other nodes' certificates; empty: the host by which each is reached."""
     slots: int = 8
     """Chunks that are given to others at a time, 1 to 256."""
-    downloads: int = 16
-    """Chunks that come from others at a time, 1 to 256."""
+    downloads: int = 8
+    """Chunks that come from others at a time, 1 to 256. As many as `slots`: where all ask for more than all give, most is refused."""
     upload_rate: int = 0
     """Bytes per second to other nodes, at most; 0 is no limit."""
     download_rate: int = 0

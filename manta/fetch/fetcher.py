@@ -121,7 +121,8 @@ class Fetcher:
             self._transfers, self._throttles, self._circuits, None if self._locator is None else self._locator.origin
         )
         gate = None if peers is None else SwarmGate(peers.choice, self._way, trio.current_time, peer_rate)
-        self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group, gate)
+        self._gate = gate
+        self._scheduler = Scheduler(lambda: self.connections_allowed, self._next_missing, self._group, gate)
         self._neighbours: PeerOrders | None = None
         if peers is not None and gate is not None:
             self._neighbours = PeerOrders(peers, gate, workers, self._scheduler, self, self._telemetry)
@@ -184,7 +185,7 @@ class Fetcher:
     @property
     def connections_allowed(self) -> int:
         """Requests to the origin that may be in flight; readers that wait may have as many more."""
-        return self._pacer.connections
+        return self._pacer.connections if self._gate is None else self._gate.connections(self._pacer.connections)
 
     @property
     def connections_in_use(self) -> int:

@@ -61,7 +61,7 @@ class PeerFlight:
         self.want = want
         self.node = contact.node
         self._contact = contact
-        self._pull = pull
+        self.pull = pull
         self._workers = workers
         self.size = len(transfer.blob.grid.extent(want.chunk))
         """Bytes of the chunk."""
@@ -107,7 +107,7 @@ class PeerFlight:
                 STALL_SECONDS,
                 PATIENCE_SECONDS,
                 contact.keys,
-                encode(asked) if self._pull else b"",
+                encode(asked) if self.pull else b"",
                 contact.tls_authorities,
                 contact.tls_name,
                 contact.lz4,

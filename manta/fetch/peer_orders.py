@@ -186,7 +186,7 @@ class PeerOrders:
         self._pause_s = BLOCKED_SECONDS
         flight = PeerFlight(self._workers, transfer, want, contact, source.pull, self._telemetry)
         self.flights.add(flight)
-        self._peers.choice.begin(source.node)
+        self._peers.choice.begin(source.node, pull=source.pull)
         self._gate.spend(flight.course.wanted)
         self._scheduler.beside(want)
         self._driver.start(partial(self._carry_out, flight))
@@ -201,7 +201,7 @@ class PeerOrders:
             if isinstance(answer, Fetched):
                 transfer.blob.record(want.chunk, answer.digest)
         except MantaError as e:  # the disk refused the chunk map, or no worker could be had
-            self._peers.choice.end(flight.node)
+            self._peers.choice.end(flight.node, pull=flight.pull)
             self._scheduler.finished(want)
             self._driver.give_up(transfer, e, want.chunk)
         else:
@@ -221,7 +221,12 @@ class PeerOrders:
     def _after_success(self, flight: PeerFlight, answer: Fetched) -> None:
         transfer, want = flight.transfer, flight.want
         self._peers.choice.got(
-            flight.node, str(want.blob), want.chunk, flight.course.wanted, answer.seconds - answer.first_byte_s
+            flight.node,
+            str(want.blob),
+            want.chunk,
+            flight.course.wanted,
+            answer.seconds - answer.first_byte_s,
+            pull=flight.pull,
         )
         self._stragglers.learn(answer.first_byte_s, answer.seconds, flight.course.wanted)
         self._scheduler.finished(want)
@@ -239,7 +244,7 @@ class PeerOrders:
         local = failure.reason in {"no_space", "cache_broken"} and not failure.behind
         flight.told.failed(failure, 1, retry=not local, pause_s=0.0)
         if local:
-            choice.end(flight.node)
+            choice.end(flight.node, pull=flight.pull)
             self._scheduler.finished(want)
             error = BY_CODE.get(failure.reason, Unavailable)
             self._driver.give_up(
@@ -247,18 +252,18 @@ class PeerOrders:
             )
             return
         if failure.behind:
-            choice.unable(flight.node, blob, want.chunk, now)
+            choice.unable(flight.node, blob, want.chunk, now, pull=flight.pull)
             transfer.trouble = failure.message
             if failure.reason == "throttled" and failure.origin:
                 self._driver.heed_pause(failure.origin, failure.retry_after_s)
         elif failure.reason == "busy":
-            choice.busy(flight.node, blob, want.chunk, failure.holders, now, failure.retry_after_s)
+            choice.busy(flight.node, blob, want.chunk, failure.holders, now, failure.retry_after_s, pull=flight.pull)
         elif failure.reason == "absent":
-            choice.lacks(flight.node, blob, want.chunk, now)
+            choice.lacks(flight.node, blob, want.chunk, now, pull=flight.pull)
         elif failure.reason == "cancelled" and not flight.given_up:
-            choice.end(flight.node)
+            choice.end(flight.node, pull=flight.pull)
         else:
-            choice.failed(flight.node, now)
+            choice.failed(flight.node, now, pull=flight.pull)
             flight.told.blamed()
             transfer.trouble = failure.message
             if failure.reason == "corrupt":

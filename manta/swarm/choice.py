@@ -18,10 +18,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-from manta.swarm.ownership import chunk_key, owned, ranking, score
+from manta.swarm.ownership import owned, owners, score
 
 PER_MEMBER = 4
 """Chunks that one member is asked for at a time: half of its slots. With a single other node they must fill the link."""
+
+PULLS_PER_MEMBER = 1
+PULLS = 4
+"""Chunks that one member, and all of them, are asked to fetch on our behalf at a time; readers' go beside, as many again. They take as long
+as the origin lets them, so they do not count among those that are on the way: they would keep from coming what is there already. In
+background more are of no use: who starts with us fetches what it owns by itself."""
 
 OWNERS = 2
 """Members that are asked, one after the other, to fetch from the origin on our behalf before we do it ourselves."""
@@ -97,6 +103,8 @@ class _Member:
     """What is known of one."""
 
     in_flight: int = 0
+    pulls: int = 0
+    """Of them: those that it fetches on our behalf, or is to."""
     rate: float = 0.0
     """Bytes per second of one chunk's transfer, lately; 0 where none has ended."""
     failures: int = 0
@@ -142,6 +150,7 @@ class Choice:
         self._rankings: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
         self.in_flight = 0
         """Chunks that are being asked for."""
+        self._pulls = 0  # of them
         self.epoch = 0
         """Another number whenever chunks have other owners."""
         self.joining_until = float("-inf")
@@ -172,6 +181,16 @@ class Choice:
     @property
     def members(self) -> Iterator[str]:
         return iter(self._members)
+
+    @property
+    def others(self) -> int:
+        """How many members there are."""
+        return len(self._members)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many chunks are on the way as may be where no reader waits."""
+        return self.in_flight - self._pulls >= self.downloads
 
     def usable(self, node: str, now: float) -> bool:
         """Whether `node` may be asked now."""
@@ -258,7 +277,7 @@ class Choice:
             asked += 1
             if not self._may(node, hints, now):
                 continue
-            return Peer(node, pull=True) if self._has_time(node, hints, now, urgent) else NOT_NOW
+            return Peer(node, pull=True) if self._has_time(node, hints, now, urgent, pull=True) else NOT_NOW
         return ORIGIN if origin else self._else(ranked, hints, now, urgent)
 
     def _may_recover(self, node: str, now: float) -> bool:
@@ -305,18 +324,23 @@ class Choice:
         """The origin is out of our reach: some member may reach it. The origin where none is left, so that the reason is told."""
         for node in ranked:
             if node != self.me and self._may(node, hints, now):
-                return Peer(node, pull=True) if self._has_time(node, hints, now, urgent) else NOT_NOW
+                return Peer(node, pull=True) if self._has_time(node, hints, now, urgent, pull=True) else NOT_NOW
         return ORIGIN
 
     def _may(self, node: str, hints: _Hints | None, now: float) -> bool:
         return self.usable(node, now) and (hints is None or now >= hints.not_before.get(node, now))
 
-    def _has_time(self, node: str, hints: _Hints | None, now: float, urgent: bool) -> bool:
+    def _has_time(self, node: str, hints: _Hints | None, now: float, urgent: bool, *, pull: bool = False) -> bool:
         if hints is not None and now < hints.busy_until.get(node, now):
             return False
-        if urgent:  # a reader's chunk goes beside all that was asked for in advance
-            return self._members[node].in_flight < 2 * self._per_member and self.in_flight < 2 * self.downloads
-        return self._members[node].in_flight < self._per_member and self.in_flight < self.downloads
+        member, times = (
+            self._members[node],
+            2 if urgent else 1,
+        )  # a reader's chunk goes beside what is asked for in advance
+        if pull:
+            return member.pulls < times * PULLS_PER_MEMBER and self._pulls < times * PULLS
+        coming, of_member = self.in_flight - self._pulls, member.in_flight - member.pulls
+        return of_member < times * self._per_member and coming < times * self.downloads
 
     def _best(self, nodes: list[str], blob: str, chunk: int) -> str:
         """Who would be done with one more first, roughly; equal ones are spread by a hash, by each node in its own way."""
@@ -330,10 +354,11 @@ class Choice:
         return min(nodes, key=cost)
 
     def _ranked(self, blob: str, chunk: int) -> list[str]:
-        key = blob, chunk
-        if (known := self._rankings.get(key)) is None:
-            known = self._rankings[key] = ranking((*self._members, self.me), chunk_key(blob, chunk), _RANKED)
-            if len(self._rankings) > CHUNKS_MAX:
+        if (known := self._rankings.get((blob, chunk))) is None:
+            for each, ranked in owners((*self._members, self.me), blob, chunk, _RANKED).items():
+                self._rankings[blob, each] = ranked
+            known = self._rankings[blob, chunk]
+            while len(self._rankings) > CHUNKS_MAX:
                 self._rankings.popitem(last=False)
         return known
 
@@ -343,21 +368,24 @@ class Choice:
 
     # What became of it -----------------------------------------------------------------------------------------------
 
-    def begin(self, node: str) -> None:
-        """`node` is asked for a chunk. One of the following must follow, or `end`."""
-        self.in_flight += 1
-        if (member := self._known(node)) is not None:
-            member.in_flight += 1
+    def begin(self, node: str, *, pull: bool = False) -> None:
+        """`node` is asked for a chunk. One of the following must follow, or `end`, with the same `pull`."""
+        self._count(node, 1, pull)
 
-    def end(self, node: str) -> None:
+    def end(self, node: str, *, pull: bool = False) -> None:
         """It was cancelled."""
-        self.in_flight -= 1
-        if (member := self._known(node)) is not None:
-            member.in_flight -= 1
+        self._count(node, -1, pull)
 
-    def got(self, node: str, blob: str, chunk: int, size: int, seconds: float) -> None:
+    def _count(self, node: str, by: int, pull: bool) -> None:
+        self.in_flight += by
+        self._pulls += by * pull
+        if (member := self._known(node)) is not None:
+            member.in_flight += by
+            member.pulls += by * pull
+
+    def got(self, node: str, blob: str, chunk: int, size: int, seconds: float, *, pull: bool = False) -> None:
         """All `size` bytes came, in `seconds` from the first to the last."""
-        self.end(node)
+        self.end(node, pull=pull)
         self._hints.pop((blob, chunk), None)
         if (member := self._known(node)) is not None:
             member.failures, member.silent = 0, False
@@ -365,28 +393,38 @@ class Choice:
                 rate = size / max(seconds, 1e-3)
                 member.rate = rate if not member.rate else member.rate + _LEARNING * (rate - member.rate)
 
-    def busy(self, node: str, blob: str, chunk: int, holders: Iterable[str], now: float, retry_s: float = 0.0) -> None:
+    def busy(
+        self,
+        node: str,
+        blob: str,
+        chunk: int,
+        holders: Iterable[str],
+        now: float,
+        retry_s: float = 0.0,
+        *,
+        pull: bool = False,
+    ) -> None:
         """`node` has no slot, and names members that may have it."""
-        self.end(node)
+        self.end(node, pull=pull)
         hints = self._hint(blob, chunk)
         hints.busy_until[node] = now + min(max(retry_s or BUSY_SECONDS, BUSY_SECONDS_MIN), BUSY_SECONDS_MAX)
         for holder in holders:
             if holder in self._members:
                 hints.holders[holder] = None
 
-    def lacks(self, node: str, blob: str, chunk: int, now: float) -> None:
+    def lacks(self, node: str, blob: str, chunk: int, now: float, *, pull: bool = False) -> None:
         """`node` does not have it."""
-        self.end(node)
+        self.end(node, pull=pull)
         self._lacking(node, blob, chunk, now + LACKING_SECONDS)
 
-    def unable(self, node: str, blob: str, chunk: int, now: float) -> None:
+    def unable(self, node: str, blob: str, chunk: int, now: float, *, pull: bool = False) -> None:
         """`node` is well, and could not fetch it from the origin."""
-        self.end(node)
+        self.end(node, pull=pull)
         self._lacking(node, blob, chunk, now + UNABLE_SECONDS)
 
-    def failed(self, node: str, now: float) -> None:
+    def failed(self, node: str, now: float, *, pull: bool = False) -> None:
         """It did not answer, broke off, or refused us."""
-        self.end(node)
+        self.end(node, pull=pull)
         member = self._known(node)
         if member is not None and now >= member.avoid_until:
             # What was under way when it failed fails too: that is one failure. And a liar stays one.

@@ -24,7 +24,7 @@ from manta.swarm.choice import (
     Choice,
     Peer,
 )
-from manta.swarm.ownership import chunk_key, ranking
+from manta.swarm.ownership import owned, owners
 
 ME = "me"
 NODES = ["a", "b", "c"]
@@ -40,7 +40,7 @@ def with_members(*nodes: str, downloads: int = 16) -> Choice:
 def ranked_as(*first: str) -> int:
     """A chunk whose ranking begins so."""
     for chunk in range(10_000):
-        if ranking([*NODES, ME], chunk_key(BLOB, chunk))[: len(first)] == list(first):
+        if owners([*NODES, ME], BLOB, chunk)[chunk][: len(first)] == list(first):
             return chunk
     raise AssertionError(first)
 
@@ -288,16 +288,16 @@ def test_a_lie_in_a_bitmap_is_corrected() -> None:
 
 
 def test_silent_and_suspect_members_are_not_asked_and_count_for_nothing() -> None:
-    choice = with_members("a")
+    choice, chunk = with_members("a"), owned(["a"], ME, BLOB, range(2))[0]
     settled(choice)
-    choice.presence("a", BLOB, bits(0))
+    choice.presence("a", BLOB, bits(chunk))
     for mark in (choice.set_silent, choice.set_suspect):
-        assert choice.held(BLOB, 0, 0.0)
+        assert choice.held(BLOB, chunk, 0.0)
         assert choice.anybody_has(BLOB, 0.0)
         assert choice.anybody(0.0)
         mark(["a"])
-        assert choice.choose(BLOB, 0, 0.0) is ORIGIN
-        assert not (choice.held(BLOB, 0, 0.0) or choice.anybody_has(BLOB, 0.0) or choice.anybody(0.0))
+        assert choice.choose(BLOB, chunk, 0.0) is ORIGIN
+        assert not (choice.held(BLOB, chunk, 0.0) or choice.anybody_has(BLOB, 0.0) or choice.anybody(0.0))
         mark([])
 
 
@@ -351,3 +351,28 @@ def test_what_is_in_flight_balances_whatever_happens(seed: int) -> None:
         assert choice.in_flight == len(under_way)
         for node, member in (choice._members | choice._gone).items():
             assert member.in_flight == sum(1 for asked, _ in under_way if asked == node)
+
+
+def test_what_is_fetched_on_our_behalf_keeps_nothing_from_coming_that_is_there() -> None:
+    """And in background few are asked for that: who starts with us fetches what it owns by itself."""
+    choice = with_members(downloads=2)
+    settled(choice)
+    asked = []
+    for chunk in range(40):
+        source = choice.choose(BLOB, chunk, 0.0)
+        if isinstance(source, Peer):
+            assert source.pull
+            choice.begin(source.node, pull=True)
+            asked.append(source.node)
+    assert sorted(asked) == NODES  # PULLS_PER_MEMBER each
+    choice.presence("a", BLOB, bits(50))
+    assert choice.choose(BLOB, 50, 0.0) == Peer("a", pull=False)
+    before = choice.full
+    for _ in range(2):
+        choice.begin("a")
+    assert (before, choice.full) == (False, True)
+    assert choice.choose(BLOB, 50, 0.0) is NOT_NOW
+    assert choice.choose(BLOB, 50, 0.0, urgent=True) == Peer("a", pull=False)
+    for node in asked:
+        choice.unable(node, BLOB, 0, 0.0, pull=True)
+    assert choice.in_flight == 2
