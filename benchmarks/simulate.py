@@ -42,7 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", choices=PROFILES, default=EQUAL, help="see docs (default: equal)")
     parser.add_argument("--spread", type=float, default=0.0, help="seconds within which the readers start (default: 0)")
     parser.add_argument("--slots", type=rig.count, default=Config().swarm.slots, help="uploads at a time")
-    parser.add_argument("--downloads", type=rig.count, default=Config().swarm.downloads, help="chunks from members at a time")
+    parser.add_argument(
+        "--downloads", type=rig.count, default=Config().swarm.downloads, help="chunks from members at a time"
+    )
     parser.add_argument("--seed", type=int, default=SEED, help="of all that is random (default: %(default)s)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="what `cluster --json FILE` wrote")
     parser.set_defaults(scratch=Path())

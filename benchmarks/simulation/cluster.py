@@ -14,7 +14,7 @@ from benchmarks.simulation.links import Links
 from benchmarks.simulation.node import Node, Order, Policy
 from benchmarks.simulation.origin import Origin
 from benchmarks.simulation.roster import Roster
-from benchmarks.simulation.weather import Weather
+from benchmarks.simulation.weather import Crash, Weather
 from manta.errors import Unavailable
 from manta.fetch.scheduler import Want
 from manta.model.extents import CHUNK_SIZE
@@ -24,6 +24,10 @@ EXACT_NODES_MAX = 100
 """With more of them, rates are worked out at most every STEP_SHARE of the time that a chunk takes alone on the usual link."""
 
 STEP_SHARE = 0.1
+
+LOOK_SECONDS = 0.05
+"""With more than EXACT_NODES_MAX a node looks what to order no more often than this, where the daemon does at every change: a third of a chunk's
+time on a full link, and the daemon's own pause where members had no time."""
 
 NODES_NAMED = 0x6D616E7461
 
@@ -79,7 +83,7 @@ class Cluster:
         step = 0.0
         if len(sites) > EXACT_NODES_MAX:
             step = STEP_SHARE * CHUNK_SIZE / float(np.median([site.down for site in sites]))
-        self.look_s = step
+        self.look_s = LOOK_SECONDS if step else 0.0
         up = np.array([*(site.up for site in sites), weather.hub.rate])
         down = np.array([*(site.down for site in sites), math.inf])
         self.links = Links(up, down, step)
@@ -99,7 +103,7 @@ class Cluster:
             clock.at(site.starts, node.start)
         for crash in self.weather.crashes:
             node = self.nodes[crash.node]
-            clock.at(crash.at, self._crash, node, crash.keeps_cache, crash.silently)
+            clock.at(crash.at, self._crash, node, crash)
             if math.isfinite(crash.seconds):
                 clock.at(crash.at + crash.seconds, self._restart, node)
             else:
@@ -108,8 +112,10 @@ class Cluster:
             clock.at(partition.at, self._part, partition.nodes)
             clock.at(partition.at + partition.seconds, self._sides.remove, partition.nodes)
 
-    def _crash(self, node: Node, keeps_cache: bool, silently: bool) -> None:
-        node.crash(keeps_cache=keeps_cache, silently=silently)
+    def _crash(self, node: Node, crash: Crash) -> None:
+        node.crash(keeps_cache=crash.keeps_cache, silently=crash.silently)
+        if not crash.keeps_cache and math.isfinite(crash.seconds):
+            self._to_come.add(node.place)
 
     def _restart(self, node: Node) -> None:
         if not node.up and node.counts.crashes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from benchmarks.simulation.clock import Clock
@@ -24,6 +24,7 @@ from manta.fetch.peer_flight import PATIENCE_SECONDS, SILENT_SECONDS, STALL_SECO
 from manta.fetch.peer_orders import BLOCKED_SECONDS, BLOCKED_SECONDS_MAX
 from manta.fetch.readahead import Readahead
 from manta.fetch.scheduler import Priority, Scheduler, Want
+from manta.fetch.stragglers import Course, Stragglers
 from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
 from manta.model.ids import BlobId
 from manta.swarm.choice import FromOrigin, Peer
@@ -52,7 +53,7 @@ class Policy:
     swarm: bool = True
     """Off: every node gets everything from the origin."""
     slots: int = 8
-    downloads: int = 16
+    downloads: int = 8
     connections: int = 16
     """To the origin, at most."""
     fill: bool = True
@@ -104,9 +105,11 @@ class Order:
     flow: int | None = None
     first: float = 0.0
     """When its bytes began to flow."""
-    noted: float = 0.0
-    """Bytes from the origin that the pacer knows of."""
+    course: Course = field(init=False)
     over: bool = False
+
+    def __post_init__(self) -> None:
+        self.course = Course(self.began, self.taker.swarm.size_of(self.want))
 
 
 @dataclass(slots=True)
@@ -150,12 +153,13 @@ class Node:
         self.uploads = Uploads(self)
         self.choice = SharedChoice(self.name, policy.downloads, swarm.roster)
         self.gate = SwarmGate(self.choice, self, lambda: swarm.clock.now)
-        self.pacer = pacer = Pacer(policy.connections)
+        self.pacer = Pacer(policy.connections)
         gate = self.gate if policy.swarm else None
-        self.scheduler = Scheduler(lambda: pacer.connections, self.cache.next_missing, gate=gate)
+        self.scheduler = Scheduler(lambda: self._connections, self.cache.next_missing, gate=gate)
         self._to_read = list(swarm.files)
         self._opened: dict[BlobId, None] = {}
         """Files of which anything is wanted, by readers here or members."""
+        self._stragglers = Stragglers()
         self._readahead: Readahead | None = None
         self._at = 0  # the chunk of the first file of `_to_read` that the reader waits for
         self._orders: dict[Order, None] = {}  # in their order: a set's is another in each run
@@ -166,6 +170,11 @@ class Node:
         self._polling = False
         self._missing: set[str] = set()  # members that did not answer the last time
         self._pause_s = BLOCKED_SECONDS
+
+    @property
+    def _connections(self) -> int:
+        paying = self.pacer.connections
+        return self.gate.connections(paying) if self.swarm.policy.swarm else paying
 
     # gate.Origin: what the fetcher knows of the way to the origin, and of the cache ------------------------------------
 
@@ -195,7 +204,7 @@ class Node:
         if not self.counts.crashes:
             self.counts.began_at = self.swarm.clock.now
         self._read_on()
-        self._pace(self.pacer)
+        self._watch(self.pacer)
         self._stir()
 
     def crash(self, *, keeps_cache: bool, silently: bool) -> None:
@@ -355,7 +364,7 @@ class Node:
             case Peer(name, pull):
                 self._pause_s = BLOCKED_SECONDS
                 self.scheduler.beside(want)
-                self.choice.begin(name)
+                self.choice.begin(name, pull=pull)
                 order = Order(want, self, self.swarm.nodes[self.swarm.roster.places[name]], pull, now)
                 self._orders[order] = None
                 self._ask(order)
@@ -370,23 +379,37 @@ class Node:
             case _:
                 self.scheduler.again(want, now + BLOCKED_SECONDS)
 
-    def _pace(self, pacer: Pacer) -> None:
-        """Looks whether more connections to the origin pay."""
-        if pacer is self.pacer and not self.cache.all:
-            if self._from_origin:
-                before = pacer.connections
-                for order in self._orders:
-                    if order.giver is None and order.flow is not None:
-                        self._note(order, self.swarm.links.left(self.swarm.clock.now, order.flow))
-                pacer.look(self._from_origin, self.swarm.clock.now)
-                if pacer.connections > before:
-                    self._stir()
-            self.swarm.clock.after(LOOK_SECONDS, self._pace, pacer)
+    def _watch(self, pacer: Pacer) -> None:
+        """Looks at what is under way, as the fetcher does: whether more connections pay, and what a reader had better get elsewhere.
+        `pacer` tells whether it is still the same process."""
+        if pacer is not self.pacer or self.cache.all:
+            return
+        now = self.swarm.clock.now
+        for order in list(self._orders):
+            if order.flow is not None:
+                self._note(order, self.swarm.links.left(now, order.flow))
+        if self._from_origin:
+            before = self._connections
+            pacer.look(self._from_origin, now)
+            if self._connections > before:
+                self._stir()
+        given = {order.course: order for order in self._orders if order.giver is not None}
+        for course, order in given.items():
+            if self._read_now(order.want) and self._stragglers.slow(course, given, now):
+                self._lost(order)
+        self.swarm.clock.after(LOOK_SECONDS, self._watch, pacer)
+
+    def _read_now(self, want: Want) -> bool:
+        """Whether a reader waits for it."""
+        return want.priority is Priority.DEMAND or (bool(self._to_read) and want.key == (self._to_read[0], self._at))
 
     def _note(self, order: Order, left: float) -> None:
-        came = self.swarm.size_of(order.want) - left
-        self.pacer.came(int(came - order.noted))
-        order.noted = came
+        """Takes account of what has come."""
+        came = int(self.swarm.size_of(order.want) - left) - order.course.came
+        if came:
+            order.course.progress(came, self.swarm.clock.now)
+            if order.giver is None:
+                self.pacer.came(came)
 
     # From the origin -------------------------------------------------------------------------------------------------
 
@@ -451,28 +474,41 @@ class Node:
         assert order.giver is not None
         now, size = self.swarm.clock.now, self.swarm.size_of(order.want)
         self.counts.from_peers += size
+        self._note(order, 0.0)
         self._end(order)
-        self.choice.got(order.giver.name, str(order.want.blob), order.want.chunk, size, now - order.first)
+        self._stragglers.learn(order.first - order.began, now - order.began, size)
+        self.choice.got(
+            order.giver.name, str(order.want.blob), order.want.chunk, size, now - order.first, pull=order.pull
+        )
         self._record(order)
 
     def refused(self, order: Order, holders: list[str]) -> None:
         """There is no slot."""
         if self._comes_to_nothing(order):
             self.counts.busy += 1
-            self.choice.busy(self._giver(order), str(order.want.blob), order.want.chunk, holders, self.swarm.clock.now)
+            self.choice.busy(
+                self._giver(order),
+                str(order.want.blob),
+                order.want.chunk,
+                holders,
+                self.swarm.clock.now,
+                pull=order.pull,
+            )
 
     def lacking(self, order: Order) -> None:
         """The member does not have it."""
         if self._comes_to_nothing(order):
             self.counts.lacked += 1
-            self.choice.lacks(self._giver(order), str(order.want.blob), order.want.chunk, self.swarm.clock.now)
+            self.choice.lacks(
+                self._giver(order), str(order.want.blob), order.want.chunk, self.swarm.clock.now, pull=order.pull
+            )
 
     def denied(self, order: Order, pause_s: float) -> None:
         """The member could not get it: the origin wants to be left alone for so long, by us too."""
         if self._comes_to_nothing(order):
             now = self.swarm.clock.now
             self._pausing_until = max(self._pausing_until, now + pause_s)
-            self.choice.unable(self._giver(order), str(order.want.blob), order.want.chunk, now)
+            self.choice.unable(self._giver(order), str(order.want.blob), order.want.chunk, now, pull=order.pull)
 
     def _impatient(self, order: Order) -> None:
         """The member fetches on our behalf, and has not got it."""
@@ -489,8 +525,7 @@ class Node:
             self.swarm.links.set_cap(clock.now, order.flow, 0.0)
         if giver.silent or self.swarm.apart(self.place, giver.place):
             clock.after(SILENT_SECONDS, self._falls_silent, order)
-            urgent = order.want.priority is Priority.DEMAND
-            clock.after(URGENT_SECONDS if urgent else STALL_SECONDS, self._lost, order)
+            clock.after(URGENT_SECONDS if self._read_now(order.want) else STALL_SECONDS, self._lost, order)
         else:
             clock.after(2 * self.swarm.weather.latency_s, self._lost, order)
 
@@ -509,7 +544,7 @@ class Node:
                 if self._mute[name] <= 0:
                     del self._mute[name]
                 self.choice.set_silent(self._mute)
-            self.choice.failed(name, self.swarm.clock.now)
+            self.choice.failed(name, self.swarm.clock.now, pull=order.pull)
 
     def _giver(self, order: Order) -> str:
         assert order.giver is not None

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TypeVar, overload
 
 from manta.swarm.choice import _RANKED, Choice, _Member
-from manta.swarm.ownership import chunk_key, ranking
+from manta.swarm.ownership import EVEN_MEMBERS_MAX, chunk_key, ranking
 
 T = TypeVar("T")
 
@@ -77,6 +77,38 @@ class SharedChoice(Choice):
         super().__init__(me, downloads)
         self._roster = roster
         self._table = self._members = _Members(roster, me)
+        self._by_chunk: dict[tuple[str, int], dict[str, None]] = {}
+
+    def follow(self, blobs: Iterable[str], now: float) -> None:
+        super().follow(blobs, now)
+        self._by_chunk = {key: nodes for key, nodes in self._by_chunk.items() if key[0] in self._followed}
+
+    def presence(self, node: str, blob: str, have: bytes) -> None:
+        before = int.from_bytes(self._have.get(blob, {}).get(node, b""), "little")
+        super().presence(node, blob, have)
+        if self._have.get(blob, {}).get(node) is have:
+            self._index(node, blob, before, int.from_bytes(have, "little"))
+
+    def _index(self, node: str, blob: str, before: int, after: int) -> None:
+        """Who has a chunk is asked far more often than it changes."""
+        changed = before ^ after
+        while changed:
+            bit = changed & -changed
+            changed ^= bit
+            nodes = self._by_chunk.setdefault((blob, bit.bit_length() - 1), {})
+            if after & bit:
+                nodes[node] = None
+            else:
+                nodes.pop(node, None)
+
+    def holders(self, blob: str, chunk: int) -> list[str]:
+        found = list(self._by_chunk.get((blob, chunk), ()))
+        hints = self._hints.get((blob, chunk))
+        return found if hints is None else [*found, *(node for node in hints.holders if node not in found)]
+
+    def _lacking(self, node: str, blob: str, chunk: int, until: float) -> None:
+        super()._lacking(node, blob, chunk, until)
+        self._by_chunk.get((blob, chunk), {}).pop(node, None)
 
     @property
     def hidden(self) -> set[str]:
@@ -94,8 +126,8 @@ class SharedChoice(Choice):
             if (record := self._table.pop(node, None)) is not None:
                 self._gone[node] = record
             self._table.hidden.add(node)
-            for have in self._have.values():
-                have.pop(node, None)
+            for blob, have in self._have.items():
+                self._index(node, blob, int.from_bytes(have.pop(node, b""), "little"), 0)
             self._rankings.clear()
             self.epoch += 1
 
@@ -117,6 +149,8 @@ class SharedChoice(Choice):
                 self.hide(node)
 
     def _ranked(self, blob: str, chunk: int) -> list[str]:
+        if len(self._table) + 1 <= EVEN_MEMBERS_MAX:
+            return super()._ranked(blob, chunk)
         known = self._rankings.get((blob, chunk))
         if known is None:
             here = (n for n in self._roster.ranked(blob, chunk) if n == self.me or n not in self._table.hidden)
@@ -124,4 +158,6 @@ class SharedChoice(Choice):
         return known
 
     def owned(self, blob: str, chunks: Iterable[int]) -> list[int]:
+        if len(self._table) + 1 <= EVEN_MEMBERS_MAX:
+            return super().owned(blob, chunks)
         return [chunk for chunk in chunks if self._ranked(blob, chunk)[0] == self.me]

@@ -44,7 +44,9 @@ def simulate(options: argparse.Namespace) -> Report:
         off_s[nodes] = max(found.bound_s, nodes * found.size / weather.hub.rate)
         report.runs.append({"profile": options.profile, **asdict(found), "copies": found.copies})
         report.table.append(_row(found, off_s[nodes]))
-        say(f"{nodes} nodes: {found.copies:.3f} copies, slowest {ratio(found.slowest_s, found.bound_s):.2f} x the bound")
+        say(
+            f"{nodes} nodes: {found.copies:.3f} copies, slowest {ratio(found.slowest_s, found.bound_s):.2f} x the bound"
+        )
         if options.profile == EQUAL and 1 < nodes <= GOAL_NODES_MAX:
             report.goals.append(Goal(f"origin copies, {nodes} nodes", found.copies, "<=", COPIES_MAX))
             slowest = ratio(found.slowest_s, found.bound_s)
@@ -117,13 +119,18 @@ def compare(options: argparse.Namespace) -> Report:
                 "bound s": found.bound_s,
             }
         )
-    report.notes.append("links and size are those given here; they must be those of the measurement (--link, --origin-link, --shards)")
+    report.notes.append(
+        "links and size are those given here; they must be those of the measurement (--link, --origin-link, --shards)"
+    )
     report.chart = Curves(
         "measured in network namespaces, and predicted",
         "nodes",
         "s until the slowest node has all",
         [
-            (f"{what}, swarm {way}", [(n, seconds) for n, how, seconds in _slowest(measured, predicted, what) if how == way])
+            (
+                f"{what}, swarm {way}",
+                [(n, seconds) for n, how, seconds in _slowest(measured, predicted, what) if how == way],
+            )
             for way in dict.fromkeys(str(run["swarm"]) for run in measured)
             for what in ("measured", "predicted")
         ],

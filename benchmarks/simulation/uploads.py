@@ -21,7 +21,9 @@ class Uploads:
         self._swarm = node.swarm
         self._slots, self._recipients = Slots(node.swarm.policy.slots), Recipients()
         self._flowing: dict[Order, None] = {}
-        self._waiting: defaultdict[tuple[BlobId, int], dict[Order, float]] = defaultdict(dict)  # by chunk, and since when
+        self._waiting: defaultdict[tuple[BlobId, int], dict[Order, float]] = defaultdict(
+            dict
+        )  # by chunk, and since when
         self._free_at = 0.0  # when the peer process has answered all that came so far
 
     def ask(self, order: Order) -> None:
@@ -74,7 +76,11 @@ class Uploads:
         if order in self._flowing:
             del self._flowing[order]
             self._slots.release(order.taker.name)
-        if (waiting := self._waiting.get(order.want.key)) is not None and waiting.pop(order, None) is not None and not waiting:
+        if (
+            (waiting := self._waiting.get(order.want.key)) is not None
+            and waiting.pop(order, None) is not None
+            and not waiting
+        ):
             del self._waiting[order.want.key]
             self._node.fetches_for_nobody(order.want.key)
 

@@ -10,7 +10,9 @@ import pytest
 from benchmarks.simulation.links import Links, fair_rates
 
 
-def rates(flows: list[tuple[int, int]], up: list[float], down: list[float], caps: list[float] | None = None) -> list[float]:
+def rates(
+    flows: list[tuple[int, int]], up: list[float], down: list[float], caps: list[float] | None = None
+) -> list[float]:
     source, target = (np.array(side, np.int64) for side in zip(*flows, strict=True))
     limits = np.array(caps or [np.inf] * len(flows))
     return [float(rate) for rate in fair_rates(source, target, limits, np.array(up), np.array(down))]
