@@ -5,21 +5,22 @@ Cold nodes behind equal links that read the same model at once, with the swarm o
 Each node is a real daemon with a FUSE mount and a cache of its own, in a network namespace behind a link that is limited both ways; the
 hub is behind another. A plain reader on each takes one shard after the other, in order, and every byte is compared. The bound is what no
 way of sharing can beat: one copy over the origin's link, or over a node's own, whichever takes longer. Without the swarm each node takes
-its own copy from the origin. The links are slow enough that the machine is not what is measured: the share of its cores that was idle
-stands beside.
+its own copy from the origin. The links are slow enough that the machine is not what is measured: the share of its cores that nodes,
+hub and readers took, and the share that was idle, stand beside.
 
-With --join all but one node get the model first, over links without limit; then links are limited, and the last node reads.
+With --join all but one node get the model first, over links without limit; then links are limited, and the last node is started and reads.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from benchmarks import rig
 from benchmarks.fleet import ON, Round, fleet_options, nodes_of, origin_rate, patience_s, read, seconds_at, set_up, ways
 from benchmarks.report import MEGABYTE, Chart, Curves, Goal, Report, Row, median, ratio
 from benchmarks.rig import REPO, say
 from manta.testing import netns
-from manta.testing.cluster import Cluster
+from manta.testing.cluster import Cluster, await_members
 
 SUMMARY = "cold nodes behind equal links read the same model at once: origin copies and time, with the swarm on and off"
 PROGRAMS = ("ip", "tc", "nsenter")
@@ -101,6 +102,7 @@ def _row(count: int, way: str, found: Round, bound_s: float) -> Row:
         "bound s": bound_s,
         "slowest / bound": ratio(max(found.seconds), bound_s),
         "CPU-s/GB": found.cpu_s_per_gb,
+        "own CPU %": 100 * found.busy,
         "idle %": 100 * found.idle,
         **{f"{kind} requests": number for kind, number in sorted(found.requests.items())},
     }
@@ -115,13 +117,17 @@ def _join(cluster: Cluster, options: argparse.Namespace) -> Report:
     found: dict[str, Round] = {}
     limited = (*((host, options.rate) for host in cluster.net.nodes), (cluster.net.origin, origin_rate(options)))
     for way in ways(options):
-        with nodes_of(cluster, options, options.nodes, way) as nodes:
+        with nodes_of(cluster, options, options.nodes, way, start=options.nodes - 1) as nodes:
             for host, _ in limited:
                 cluster.net.set_rate(host, 0)
             if nodes[:-1]:
                 read(cluster, nodes[:-1], patience_s(options, size, options.nodes))
             for host, rate in limited:
                 cluster.net.set_rate(host, rate)
+            nodes[-1].start()
+            if way == ON:
+                await_members(nodes)
+            rig.drop_page_cache()
             cluster.hub.reset(content=False)
             found[way] = read(cluster, nodes[-1:], patience_s(options, size, 1))
         say(f"swarm {way}: {_rate(found[way]) / MEGABYTE:.1f} MB/s, {found[way].copies:.2f} copies")
@@ -135,6 +141,7 @@ def _join(cluster: Cluster, options: argparse.Namespace) -> Report:
             "of its link": ratio(_rate(each), link),
             "origin bytes": each.origin_bytes,
             "CPU-s/GB": each.cpu_s_per_gb,
+            "own CPU %": 100 * each.busy,
             "idle %": 100 * each.idle,
             **{f"{kind} requests": number for kind, number in sorted(each.requests.items())},
         }

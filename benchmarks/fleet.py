@@ -9,6 +9,7 @@ Used by `cluster` and `churn`. The cluster itself is `manta.testing.cluster`.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,16 +24,16 @@ from benchmarks.sampler import GroupUsage, Sampler, machine_times
 from manta.config import parse_size
 from manta.errors import Invalid, Unavailable
 from manta.testing import netns
-from manta.testing.cluster import Cluster, Node
+from manta.testing.cluster import Cluster, Node, await_members, start_all
 from manta.testing.hub import HubSpec, RepoSpec, Text
 from manta.testing.reading import Found
 
 SHARDS = 4
 
-LINK_RATE = 200_000_000
-"""Bits per second of each link: 23.9 MB/s of payload, so that eight nodes together take 191 MB/s. Measured without the swarm and with an
-origin of eight times that, all eight at their links' rate: see docs. Twice as much, and the two cores of a small machine are what is
-measured."""
+LINK_RATE = 100_000_000
+"""Bits per second of each link: 12 MB/s of payload, 96 MB/s for eight nodes together. Measured on a busy machine with two cores, without
+the swarm and with an origin of eight times the link, so that all eight fetch at their links' rate: nodes, hub and readers took 47 % of the
+cores here (the slowest 1.10 times the bound), 68 % at 200 Mbit/s (1.21), 77 % and all that was left at 400 (1.50)."""
 
 ON, OFF, BOTH = "on", "off", "both"
 
@@ -88,10 +89,19 @@ def set_up(options: argparse.Namespace, hosts: int) -> AbstractContextManager[Cl
 
 
 @contextmanager
-def nodes_of(cluster: Cluster, options: argparse.Namespace, count: int, way: str) -> Iterator[list[Node]]:
-    """`count` fresh nodes that run; the page cache dropped and the hub's counters at zero."""
+def nodes_of(
+    cluster: Cluster, options: argparse.Namespace, count: int, way: str, *, start: int | None = None
+) -> Iterator[list[Node]]:
+    """`count` fresh nodes; the first `start` of them (None: all) run and know of each other.
+
+    The page cache is dropped and the hub's counters are at zero.
+    """
     settings = dict(_setting(text) for text in options.set)
-    with cluster.nodes(count, swarm=way == ON, settings=settings) as nodes:
+    with cluster.nodes(count, swarm=way == ON, settings=settings, start=False) as nodes:
+        running = nodes[:start]
+        start_all(running)
+        if way == ON:
+            await_members(running)
         rig.drop_page_cache()
         cluster.hub.reset(content=False)
         yield nodes
@@ -148,6 +158,12 @@ class Round:
     def cpu_s_per_gb(self) -> float:
         """CPU seconds of all Manta processes per GB that readers got."""
         return ratio(self.usage["manta"].cpu_s, len(self.found) * self.size / GIGABYTE)
+
+    @property
+    def busy(self) -> float:
+        """Of the machine's cores, the share that nodes, hub and readers took; what the kernel does for the links is not in it."""
+        own = sum(usage.cpu_s for usage in self.usage.values())
+        return ratio(own, max(self.seconds) * len(os.sched_getaffinity(0)))
 
     def document(self) -> dict[str, object]:
         return {

@@ -30,6 +30,10 @@ ME = "be" * 8
 
 ANSWER_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 10.0
+UNDER_WAY_MAX = min(SwarmConfig().downloads, SwarmConfig().slots)
+"""What the daemon has one node asked for at a time, as far as that one gives."""
+REFUSED_MAX = 1000
+BUSY_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +95,23 @@ class Puller:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.ftruncate(fd, size)
-            under_way = 0
+            under_way: dict[int, messages.Pull] = {}
             began = time.monotonic()
+            refused = 0
             while waiting or under_way:
-                while waiting and under_way < SwarmConfig().downloads:
-                    channel.send_nowait(self._socket, messages.encode(waiting.pop()), fd)
-                    under_way += 1
+                while waiting and len(under_way) < UNDER_WAY_MAX:
+                    order = waiting.pop()
+                    channel.send_nowait(self._socket, messages.encode(order), fd)
+                    under_way[order.order] = order
                 answer = self._await(messages.Fetched, messages.Failed)
+                order = under_way.pop(answer.order)
                 if isinstance(answer, messages.Failed):
-                    raise Unavailable(f"A chunk was not pulled ({answer.reason}): {answer.message}")
-                under_way -= 1
+                    refused += 1
+                    if answer.reason != "busy" or refused > REFUSED_MAX:
+                        raise Unavailable(f"A chunk was not pulled ({answer.reason}): {answer.message}")
+                    # A slot is free only once the giver knows that its last byte has gone.
+                    waiting.append(order)
+                    time.sleep(BUSY_S)
             return time.monotonic() - began
         finally:
             os.close(fd)

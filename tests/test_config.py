@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from manta import config as module
+from manta.cli.main import main
 from manta.config import Config, DaemonConfig, Loaded, Origin, find_token, items, load, parse_size, variable
 from manta.errors import Denied, Invalid
 
@@ -336,3 +337,67 @@ def test_no_metrics_address_is_off() -> None:
 def test_what_is_no_metrics_address_is_refused(tmp_path: Path, text: str) -> None:
     assert "daemon.metrics" in refusal(tmp_path, file=f'[daemon]\nmetrics = "{text}"')
     assert "HOST:PORT" in refusal(tmp_path, environ={"MANTA_DAEMON_METRICS": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("", ("", ())),
+        (" static:a:1, 10.0.0.2:9402 ,[fd00::1]:65535,", ("static", ("a:1", "10.0.0.2:9402", "[fd00::1]:65535"))),
+        ("dns:manta-nodes.ml.svc.cluster.local:9402", ("dns", ("manta-nodes.ml.svc.cluster.local:9402",))),
+        ("kubernetes:ml/manta-nodes", ("kubernetes", ("ml", "manta-nodes"))),
+    ],
+)
+def test_peers(tmp_path: Path, text: str, meaning: tuple[str, tuple[str, ...]]) -> None:
+    shown = loaded(tmp_path, flags={"swarm.peers": text}).config.swarm.peers
+    assert shown == text.strip()
+    assert module.parse_peers(shown) == meaning
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "static", "static:", "static:host", "static:host:0", "static:unix:/x", "static:a/b:1", "static:a@b:1", "static:a b:1", "dns:a",
+        "dns:a:1,b:2", "kubernetes:ml", "kubernetes", "kubernetes:ML/x", "kubernetes:a/b/c", "kubernetes:../x", "host:1", "https://a:1",
+        "static:" + "a:1," * 20_000,
+    ],
+)  # fmt: skip
+def test_what_names_no_peers_is_refused(tmp_path: Path, text: str) -> None:
+    said = refusal(tmp_path, flags={"swarm.peers": text})
+    assert said.startswith("--peers is ")
+    assert '"static:HOST:PORT,...", "dns:NAME:PORT" or "kubernetes:NAMESPACE/SERVICE"' in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("swarm.listen", "", "HOST:PORT"),
+        ("swarm.listen", "unix:/run/x", "HOST:PORT"),
+        ("swarm.key_file", "relative/key", "absolute path"),
+        ("swarm.tls_name", "a b", "host name"),
+        ("swarm.slots", "0", "1 to 256"),
+        ("swarm.downloads", "257", "1 to 256"),
+        ("swarm.upload_rate", "-1", "size"),
+        ("swarm.share", "some", "all or public"),
+    ],
+)
+def test_a_bad_value_for_the_swarm_is_refused(tmp_path: Path, key: str, value: str, words: str) -> None:
+    assert words in refusal(tmp_path, flags={key: value})
+
+
+def test_the_swarms_key_is_no_setting_and_is_never_shown(tmp_path: Path) -> None:
+    result = loaded(tmp_path, environ={"MANTA_SWARM_KEY": "secret-key-of-the-swarm"})
+    assert "secret-key" not in f"{result} {result.config.environment()}"
+    assert "key" not in {key.partition(".")[2] for key in module.KEYS}
+    with pytest.raises(Invalid, match=r"no setting"):
+        load({"swarm.key": "secret-key-of-the-swarm"}, environ={"HOME": str(tmp_path)})
+
+
+def test_manta_config_does_not_print_the_swarms_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MANTA_SWARM_KEY", "secret-key-of-the-swarm")
+    assert main(["config"]) == 0
+    shown = capsys.readouterr()
+    assert "swarm.peers" in shown.out
+    assert "secret-key" not in shown.out + shown.err

@@ -28,6 +28,8 @@ from manta.fetch.stragglers import Course, Stragglers
 from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
 from manta.model.ids import BlobId
 from manta.swarm.choice import FromOrigin, Peer
+from manta.swarm.protocol import HOLD_SECONDS
+from manta.telemetry.meter import Meter
 
 POLL_SECONDS = 1.0
 POLLED_MAX = 16
@@ -153,13 +155,17 @@ class Node:
         self.uploads = Uploads(self)
         self.choice = SharedChoice(self.name, policy.downloads, swarm.roster)
         self.gate = SwarmGate(self.choice, self, lambda: swarm.clock.now)
-        self.pacer = Pacer(policy.connections)
+        self.pacer = pacer = Pacer(policy.connections)
+        if policy.swarm:
+            pacer.share(1 + self.choice.others)
+        self._elsewhere: dict[str, float] = {}  # what comes from the origin to others, bytes per second
         gate = self.gate if policy.swarm else None
-        self.scheduler = Scheduler(lambda: self._connections, self.cache.next_missing, gate=gate)
+        self.scheduler = Scheduler(lambda: pacer.connections, self.cache.next_missing, gate=gate)
         self._to_read = list(swarm.files)
         self._opened: dict[BlobId, None] = {}
         """Files of which anything is wanted, by readers here or members."""
         self._stragglers = Stragglers()
+        self.origin_meter = Meter()
         self._readahead: Readahead | None = None
         self._at = 0  # the chunk of the first file of `_to_read` that the reader waits for
         self._orders: dict[Order, None] = {}  # in their order: a set's is another in each run
@@ -170,11 +176,6 @@ class Node:
         self._polling = False
         self._missing: set[str] = set()  # members that did not answer the last time
         self._pause_s = BLOCKED_SECONDS
-
-    @property
-    def _connections(self) -> int:
-        paying = self.pacer.connections
-        return self.gate.connections(paying) if self.swarm.policy.swarm else paying
 
     # gate.Origin: what the fetcher knows of the way to the origin, and of the cache ------------------------------------
 
@@ -252,6 +253,7 @@ class Node:
                 self.scheduler.look_ahead(blob, "reader", missing)
                 if not self.cache.has(blob, at):
                     self.scheduler.demand(blob, at, at * CHUNK_SIZE)
+                    self._hurry(blob, at)
                     return
                 self._at += 1
             self._to_read.pop(0)
@@ -260,12 +262,18 @@ class Node:
             self.counts.done_at = swarm.clock.now
             swarm.completed(self)
 
+    def _hurry(self, blob: BlobId, chunk: int) -> None:
+        """A member that fetches the chunk on our behalf hears that a reader waits, when it is asked again."""
+        for order in self._orders:
+            if order.want.key == (blob, chunk) and order.giver is not None and order.pull:
+                self.swarm.clock.after(HOLD_SECONDS / 2, order.giver.uploads.hurry, order)
+
     def fetch_for(self, order: Order) -> None:
         """A member waits for a chunk that it wants us to get."""
         want = order.want
         self._open(want.blob)
         self.gate.behalf[want.key] += 1
-        if want.priority <= Priority.READAHEAD:
+        if order.taker.reads_now(want):
             self.scheduler.demand(want.blob, want.chunk, want.chunk * CHUNK_SIZE)
         else:
             self.scheduler.want_rest(want.blob, want.chunk)
@@ -307,6 +315,8 @@ class Node:
             for blob in self._opened:
                 choice.presence(other.name, str(blob), other.cache.bitmap(blob))
             self._pausing_until = max(self._pausing_until, other._pausing_until)
+            self._elsewhere[other.name] = other.origin_meter.rate(swarm.clock.now)
+        self.pacer.elsewhere = sum(self._elsewhere.values())
 
     def _reaches(self, other: Node) -> bool:
         return other.up and not self.swarm.apart(self.place, other.place)
@@ -319,15 +329,21 @@ class Node:
             self._missing.discard(other.name)
             choice.suspect(other.name, False)
             choice.show(other.name)
+            self._share()
             self._stir()
             return
         if misses < MISSES:
             choice.suspect(other.name, True)
         else:
             choice.hide(other.name)
+            self._elsewhere.pop(other.name, None)
+            self._share()
         if not self.cache.all:
             pause_s = min(SUSPECT_SECONDS * 2 ** max(0, misses - MISSES), PROBE_SECONDS_MAX)
             self.swarm.clock.after(pause_s, self._miss, other, choice, misses + 1)
+
+    def _share(self) -> None:
+        self.pacer.share(1 + self.choice.others)
 
     # What to order ---------------------------------------------------------------------------------------------------
 
@@ -389,17 +405,17 @@ class Node:
             if order.flow is not None:
                 self._note(order, self.swarm.links.left(now, order.flow))
         if self._from_origin:
-            before = self._connections
+            before = pacer.connections
             pacer.look(self._from_origin, now)
-            if self._connections > before:
+            if pacer.connections > before:
                 self._stir()
         given = {order.course: order for order in self._orders if order.giver is not None}
         for course, order in given.items():
-            if self._read_now(order.want) and self._stragglers.slow(course, given, now):
+            if self.reads_now(order.want) and self._stragglers.slow(course, given, now):
                 self._lost(order)
         self.swarm.clock.after(LOOK_SECONDS, self._watch, pacer)
 
-    def _read_now(self, want: Want) -> bool:
+    def reads_now(self, want: Want) -> bool:
         """Whether a reader waits for it."""
         return want.priority is Priority.DEMAND or (bool(self._to_read) and want.key == (self._to_read[0], self._at))
 
@@ -410,6 +426,7 @@ class Node:
             order.course.progress(came, self.swarm.clock.now)
             if order.giver is None:
                 self.pacer.came(came)
+                self.origin_meter.add(came, self.swarm.clock.now)
 
     # From the origin -------------------------------------------------------------------------------------------------
 
@@ -525,7 +542,7 @@ class Node:
             self.swarm.links.set_cap(clock.now, order.flow, 0.0)
         if giver.silent or self.swarm.apart(self.place, giver.place):
             clock.after(SILENT_SECONDS, self._falls_silent, order)
-            clock.after(URGENT_SECONDS if self._read_now(order.want) else STALL_SECONDS, self._lost, order)
+            clock.after(URGENT_SECONDS if self.reads_now(order.want) else STALL_SECONDS, self._lost, order)
         else:
             clock.after(2 * self.swarm.weather.latency_s, self._lost, order)
 

@@ -111,6 +111,11 @@ class SharedChoice(Choice):
         self._by_chunk.get((blob, chunk), {}).pop(node, None)
 
     @property
+    def others(self) -> int:
+        """How many members there are."""
+        return len(self._table)
+
+    @property
     def hidden(self) -> set[str]:
         """Those of the roster that are no members now; not to be written to."""
         return self._table.hidden

@@ -71,6 +71,11 @@ class Uploads:
         self._recipients.given(str(order.want.blob), order.want.chunk, order.taker.name)
         order.taker.received(order)
 
+    def hurry(self, order: Order) -> None:
+        """A reader waits for `order` now."""
+        if order in self._waiting.get(order.want.key, ()):
+            self._node.fetch_for(order)
+
     def give_back(self, order: Order) -> None:
         """`order` needs no slot, and nobody waits for it."""
         if order in self._flowing:

@@ -121,8 +121,7 @@ class Fetcher:
             self._transfers, self._throttles, self._circuits, None if self._locator is None else self._locator.origin
         )
         gate = None if peers is None else SwarmGate(peers.choice, self._way, trio.current_time, peer_rate)
-        self._gate = gate
-        self._scheduler = Scheduler(lambda: self.connections_allowed, self._next_missing, self._group, gate)
+        self._scheduler = Scheduler(lambda: self._pacer.connections, self._next_missing, self._group, gate)
         self._neighbours: PeerOrders | None = None
         if peers is not None and gate is not None:
             self._neighbours = PeerOrders(peers, gate, workers, self._scheduler, self, self._telemetry)
@@ -185,7 +184,7 @@ class Fetcher:
     @property
     def connections_allowed(self) -> int:
         """Requests to the origin that may be in flight; readers that wait may have as many more."""
-        return self._pacer.connections if self._gate is None else self._gate.connections(self._pacer.connections)
+        return self._pacer.connections
 
     @property
     def connections_in_use(self) -> int:
@@ -459,6 +458,7 @@ class Fetcher:
                 try:
                     location = await self._locator.ask(transfer, lambda: True, shared=False)
                     transfer.sources.location = location
+                    self._way.located(transfer.blob.id)
                 finally:
                     self._end_locating(transfer)
             return location
@@ -467,7 +467,18 @@ class Fetcher:
 
     def members_changed(self) -> None:
         """Chunks have other owners, and perhaps other holders."""
+        if self._neighbours is not None:
+            self._pacer.share(1 + self._neighbours.members)
         self._stirred.set()
+
+    def origin_rate(self) -> float:
+        """Bytes per second that come from the origin now."""
+        return self.origin_meter.rate(trio.current_time())
+
+    def note_elsewhere(self, node: str, rate: float) -> None:
+        """So many bytes per second come from the origin to another node."""
+        if self._neighbours is not None:
+            self._pacer.elsewhere = self._neighbours.note_rate(node, rate)
 
     def presence_changed(self) -> None:
         """Another node has, or has not, what it had not or had before."""

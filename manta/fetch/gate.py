@@ -80,14 +80,6 @@ class SwarmGate:
         """Nothing of the blob is wanted any more; when it is next, its cache file may be another."""
         self._plans.pop(blob, None)
 
-    def connections(self, paying: int) -> int:
-        """This node's part of `paying` connections to the origin, which is shared by all that start together.
-
-        With 8 each, 8 nodes have 64 chunks under way there, half of a GiB: the first of them is complete, and can go round, when half of
-        the time has passed. One each is enough to fill the origin's link.
-        """
-        return max(1, paying // (1 + self._choice.others))
-
     def source(self, blob: BlobId, chunk: int, priority: Priority) -> Source:
         """Where the chunk is to come from, if it goes now."""
         if self._origin.alone(blob):

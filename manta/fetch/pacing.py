@@ -33,7 +33,9 @@ class Pacer:
     def __init__(self, maximum: int) -> None:
         if maximum < 1:
             raise ValueError(f"at least 1 connection, not {maximum}")
-        self._maximum = maximum
+        self._most = self._maximum = maximum
+        self.elsewhere = 0.0
+        """Bytes per second that come from the origin to the other nodes."""
         self.connections = min(CONNECTIONS_FIRST, maximum)
         self._paying = self.connections  # the largest number that is known to pay, or was never in doubt
         self._paying_rate = 0.0  # bytes per second with that many
@@ -41,6 +43,17 @@ class Pacer:
         self._trouble_until = float("-inf")
         self._began: float | None = None
         self._bytes = self._ended = self._lost = self._looks = self._full = 0
+
+    def share(self, among: int) -> None:
+        """So many nodes read from the origin together, and pass on to each other what is complete: that is soon where few chunks are under
+        way at once, and with many none is before the last. (4 nodes, 100 Mbit/s everywhere, 256 MiB: 34.3 s with 2 each at first and up to
+        4, 31.2 s with 1; the link alone takes 22.5 s.) So they begin with few, and what pays is what more comes to all of them
+        (`elsewhere`): a node that adds a connection takes from the others where the origin's link is full."""
+        self._maximum = max(1, -(-self._most // among))
+        if not self._paying_rate:
+            self.connections = max(1, min(CONNECTIONS_FIRST, self._most) // among**2)
+        self.connections = min(self.connections, self._maximum)
+        self._paying = min(self._paying, self.connections)
 
     def came(self, count: int) -> None:
         """`count` bytes have come."""
@@ -72,7 +85,7 @@ class Pacer:
 
     def _conclude(self, now: float) -> None:
         assert self._began is not None
-        rate = self._bytes / (now - self._began)
+        rate = self._bytes / (now - self._began) + self.elsewhere
         saturated = self._full >= SATURATED_SHARE * self._looks
         self._begin(now)
         if now < self._trouble_until or not saturated:

@@ -84,15 +84,15 @@ class PeerFlight:
         """Raises why no worker could be had."""
         of_chunk, blob, contact = self.transfer.blob.grid.extent(self.want.chunk), self.transfer.blob, self._contact
         place = self.transfer.sources.best
-        asked = PullThrough(
-            kind=place.repo.kind.value,
-            repo=place.repo.name,
-            commit=place.commit,
-            path=place.entry.path,
-            urgent=self._control.wanted or self.want.priority is Priority.READAHEAD,
-        )
 
         def make(number: int) -> Pull:
+            asked = PullThrough(
+                kind=place.repo.kind.value,
+                repo=place.repo.name,
+                commit=place.commit,
+                path=place.entry.path,
+                urgent=self._control.wanted,
+            )
             return Pull(
                 number,
                 contact.address,
@@ -132,8 +132,8 @@ class PeerFlight:
         return self._control.wanted
 
     def watch(self) -> None:
-        """A reader waits for its bytes."""
-        self._control.wanted = True  # the worker needs not know: it tells of nothing before the end
+        """A reader waits for its bytes: a member that fetches them on our behalf is told."""
+        self._control.watch()
 
     def silent(self, now: float) -> bool:
         return now - self.heard > SILENT_SECONDS

@@ -94,6 +94,7 @@ class PeerOrders:
         self._driver = driver
         self._telemetry = telemetry
         self._stragglers = Stragglers()
+        self._rates: dict[str, float] = {}
         self._pause_s = BLOCKED_SECONDS
 
     # What is asked ---------------------------------------------------------------------------------------------------
@@ -127,6 +128,18 @@ class PeerOrders:
     def leave_to_origin(self, blob: BlobId, chunk: int) -> bool:
         """Whether a reader's chunk would have to come from the origin."""
         return isinstance(self._gate.source(blob, chunk, Priority.DEMAND), FromOrigin)
+
+    def note_rate(self, node: str, rate: float) -> float:
+        """So many bytes per second come from the origin to a member; what comes to all of them."""
+        members = set(self._peers.choice.members)
+        self._rates = {known: r for known, r in self._rates.items() if known in members}
+        self._rates[node] = rate
+        return sum(self._rates.values())
+
+    @property
+    def members(self) -> int:
+        """How many other nodes there are."""
+        return sum(1 for _ in self._peers.choice.members)
 
     # What is told ----------------------------------------------------------------------------------------------------
 
@@ -164,15 +177,12 @@ class PeerOrders:
     def look(self, now: float) -> None:
         """Which members are silent, and which orders to take elsewhere."""
         flights = {flight.course: flight for flight in self.flights}
-        self._note_silent(now)
+        self._peers.choice.set_silent({flight.node for flight in self.flights if flight.silent(now)})
         for course, flight in flights.items():
             self.touch(flight.transfer)
             stuck = now - flight.heard > URGENT_SECONDS
             if flight.wanted and (stuck or self._stragglers.slow(course, flights, now)):
                 flight.give_up()
-
-    def _note_silent(self, now: float) -> None:
-        self._peers.choice.set_silent({flight.node for flight in self.flights if flight.silent(now)})
 
     def send(self, transfer: Transfer, want: Want) -> bool:
         """Orders it from another node, where that is the place to ask; or from nobody, where nobody has time. False: it is the origin's."""
@@ -215,7 +225,6 @@ class PeerOrders:
             self._gate.spend(flight.course.came - flight.course.wanted)  # a refusal costs nothing
             del transfer.watchers[want.chunk]
             self.flights.discard(flight)
-            self._note_silent(trio.current_time())  # nobody looks any more where that was the last
         self._driver.peer_order_ended(transfer)
 
     def _after_success(self, flight: PeerFlight, answer: Fetched) -> None:
@@ -260,6 +269,8 @@ class PeerOrders:
             choice.busy(flight.node, blob, want.chunk, failure.holders, now, failure.retry_after_s, pull=flight.pull)
         elif failure.reason == "absent":
             choice.lacks(flight.node, blob, want.chunk, now, pull=flight.pull)
+        elif failure.reason == "denied" and failure.status == 403:
+            choice.withholds(flight.node, blob, want.chunk, now, pull=flight.pull)
         elif failure.reason == "cancelled" and not flight.given_up:
             choice.end(flight.node, pull=flight.pull)
         else:

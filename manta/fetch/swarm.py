@@ -138,6 +138,10 @@ class Listener(Protocol):
 
     def own_pauses(self) -> dict[str, float]: ...
 
+    def origin_rate(self) -> float: ...
+
+    def note_elsewhere(self, node: str, rate: float) -> None: ...
+
 
 @dataclass(eq=False, slots=True)
 class _Pending:
@@ -309,7 +313,7 @@ class Swarm:
                 told = wanted
                 self.choice.follow((blob for blob, _ in told), now)
                 await self._send(Follow(0, told))
-            await self._send(OwnPauses(0, self._listener.own_pauses()))
+            await self._send(OwnPauses(0, self._listener.own_pauses(), self._listener.origin_rate()))
             with trio.move_on_after(1.0):
                 await self._follow_changed.wait()
 
@@ -352,6 +356,7 @@ class Swarm:
                     self.choice.presence(message.node, message.blob, message.have)
                     self._listener.presence_changed()
                 case Pauses():
+                    self._listener.note_elsewhere(message.node, message.origin_rate)
                     for origin, seconds in message.pauses.items():
                         self._listener.heed_pause(origin, seconds)
                 case Asked():
@@ -395,10 +400,12 @@ class Swarm:
     def _take_uploaded(self, message: Uploaded) -> None:
         self.busy = message.busy
         for node, count, chunks in message.given:
+            if count < 0 or chunks < 0:
+                continue  # counters only grow
             self._telemetry.given(node, count, chunks)
             self.ledger.to_peers += count
-        self._telemetry.refused("busy", message.refused_busy)
-        self._telemetry.refused("auth", message.refused_auth)
+        self._telemetry.refused("busy", max(message.refused_busy, 0))
+        self._telemetry.refused("auth", max(message.refused_auth, 0))
 
     async def _answer(self, asked: Asked) -> None:
         with trio.CancelScope() as scope:

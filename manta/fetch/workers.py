@@ -337,7 +337,7 @@ class WorkerPool:
                 await worker.channel.send(order := make(number), fd)
                 if control is not None:
                     # Nobody can read the bytes of a Pull before it is done: there is nothing to watch.
-                    watched = isinstance(order, Pull) or (isinstance(order, Fetch) and order.watched)
+                    watched = isinstance(order, Fetch) and order.watched
                     control.bind(number, worker.process.pid, worker.channel.tell_nowait, watched=watched)
                 await pending.answered.wait()
             except Closed:

@@ -34,7 +34,7 @@ PAGE_SECONDS_MAX = 600
 """How long a link to the status page is good. Whoever gets to see the link sees the page."""
 
 _HEADER = re.compile(
-    r"Manta node=([0-9a-f]{16}),to=([0-9a-f]{16}|),time=(\d{1,16}),nonce=([0-9a-f]{32}),key=([0-9a-f]{8}|),mac=([0-9a-f]{64}|)"
+    r"Manta node=([0-9a-f]{16}),to=([0-9a-f]{16}|),time=([0-9]{1,16}),nonce=([0-9a-f]{32}),key=([0-9a-f]{8}|),mac=([0-9a-f]{64}|)"
 )
 
 

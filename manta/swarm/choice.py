@@ -45,8 +45,19 @@ LIAR_SECONDS = 600.0
 LACKING_SECONDS = 2.0
 """How long a member that did not have a chunk is not asked for it again."""
 
+WITHHELD_SECONDS = 60.0
+"""How long a member that gives a blob to nobody is not asked for it again: a private one, where only public ones are shared."""
+
 UNABLE_SECONDS = 5.0
 """How long an owner that could not fetch a chunk is not asked for it again."""
+
+SPARE_SECONDS = 0.5
+SPARE_SECONDS_MAX = 30.0
+"""How long such an owner is not asked for anything in advance where the origin is out of our reach too: with the origin away, all nodes
+would ask each other for every chunk that nobody has, again and again. Twice as long each time."""
+
+SOON_SECONDS = 4.0
+"""Where the origin is out of reach, a member that has a chunk and failed is waited for, if it will be asked again within this."""
 
 BUSY_SECONDS = 0.2
 """The pause where a member has no slot and does not say for how long: a chunk takes 0.07 s at 1 Gbit/s, and eight share the link."""
@@ -110,6 +121,10 @@ class _Member:
     failures: int = 0
     """In a row."""
     avoid_until: float = float("-inf")
+    unable: int = 0
+    """How often it could not fetch from the origin, lately in a row."""
+    spare_until: float = float("-inf")
+    """Until then it is not asked to fetch what no reader waits for, where we cannot reach the origin either."""
     silent: bool = False
     """Nothing comes of what it was asked for."""
     missed: float = float("-inf")
@@ -148,6 +163,7 @@ class Choice:
         self._followed: dict[str, float] = {}  # blobs, and since when
         self._hints: OrderedDict[tuple[str, int], _Hints] = OrderedDict()
         self._rankings: OrderedDict[tuple[str, int], list[str]] = OrderedDict()
+        self._withheld: OrderedDict[tuple[str, str], float] = OrderedDict()  # by node and blob: until when
         self.in_flight = 0
         """Chunks that are being asked for."""
         self._pulls = 0  # of them
@@ -181,11 +197,6 @@ class Choice:
     @property
     def members(self) -> Iterator[str]:
         return iter(self._members)
-
-    @property
-    def others(self) -> int:
-        """How many members there are."""
-        return len(self._members)
 
     @property
     def full(self) -> bool:
@@ -256,12 +267,17 @@ class Choice:
         if not self._members:
             return ORIGIN
         hints = self._hints.get((blob, chunk))
-        holding = [node for node in self.holders(blob, chunk) if self._may(node, hints, now)]
+        holding = [node for node in self.holders(blob, chunk) if self._may(node, blob, hints, now)]
         if holding:
             free = [node for node in holding if self._has_time(node, hints, now, urgent)]
             if free:
                 return Peer(self._best(free, blob, chunk), pull=False)
             return ORIGIN if urgent and origin and self._crowded(blob, chunk, now) else NOT_NOW
+        absent = [n for n in self.holders(blob, chunk) if n in self._members and not self.usable(n, now)]
+        if not origin and any(self._soon(node, now) for node in absent):
+            return NOT_NOW
+        if not urgent and any(self._may_recover(node, now) for node in absent):
+            return NOT_NOW
         ranked = self._ranked(blob, chunk)
         place = ranked.index(self.me) if self.me in ranked else len(ranked)
         if behalf or place == 0:
@@ -275,10 +291,10 @@ class Choice:
                     return NOT_NOW
                 continue  # whoever is next owns it meanwhile
             asked += 1
-            if not self._may(node, hints, now):
+            if not self._may(node, blob, hints, now) or (not (origin or urgent) and self._spared(node, now)):
                 continue
             return Peer(node, pull=True) if self._has_time(node, hints, now, urgent, pull=True) else NOT_NOW
-        return ORIGIN if origin else self._else(ranked, hints, now, urgent)
+        return ORIGIN if origin else self._else(blob, ranked, hints, now, urgent)
 
     def _may_recover(self, node: str, now: float) -> bool:
         """Whether `node` cannot be asked since a moment ago only. Where nobody waits that is no reason to read the origin twice: a busy
@@ -314,29 +330,40 @@ class Choice:
             return NOT_NOW
         before = next((node for node in ranked if node != self.me and self.usable(node, now)), None)
         unknown = before is not None and before not in self._have.get(blob, {})
-        if before is not None and unknown and self._may(before, hints, now):
+        if before is not None and unknown and self._may(before, blob, hints, now):
             return Peer(before, pull=False) if self._has_time(before, hints, now, urgent) else NOT_NOW
         if origin or behalf:
             return ORIGIN
-        return self._else(ranked, hints, now, urgent)
+        return self._else(blob, ranked, hints, now, urgent)
 
-    def _else(self, ranked: list[str], hints: _Hints | None, now: float, urgent: bool) -> Source:
+    def _else(self, blob: str, ranked: list[str], hints: _Hints | None, now: float, urgent: bool) -> Source:
         """The origin is out of our reach: some member may reach it. The origin where none is left, so that the reason is told."""
         for node in ranked:
-            if node != self.me and self._may(node, hints, now):
+            if node == self.me or (not urgent and self._spared(node, now)):
+                continue
+            if self._may(node, blob, hints, now):
                 return Peer(node, pull=True) if self._has_time(node, hints, now, urgent, pull=True) else NOT_NOW
         return ORIGIN
 
-    def _may(self, node: str, hints: _Hints | None, now: float) -> bool:
-        return self.usable(node, now) and (hints is None or now >= hints.not_before.get(node, now))
+    def _may(self, node: str, blob: str, hints: _Hints | None, now: float) -> bool:
+        if not self.usable(node, now) or now < self._withheld.get((node, blob), now):
+            return False
+        return hints is None or now >= hints.not_before.get(node, now)
+
+    def _soon(self, node: str, now: float) -> bool:
+        """Whether it will be asked again soon, though it is not now."""
+        member = self._members.get(node)
+        return member is not None and not self.usable(node, now) and member.avoid_until <= now + SOON_SECONDS
+
+    def _spared(self, node: str, now: float) -> bool:
+        member = self._members.get(node)
+        return member is not None and now < member.spare_until
 
     def _has_time(self, node: str, hints: _Hints | None, now: float, urgent: bool, *, pull: bool = False) -> bool:
         if hints is not None and now < hints.busy_until.get(node, now):
             return False
-        member, times = (
-            self._members[node],
-            2 if urgent else 1,
-        )  # a reader's chunk goes beside what is asked for in advance
+        times = 2 if urgent else 1  # a reader's chunk goes beside all that was asked for in advance
+        member = self._members[node]
         if pull:
             return member.pulls < times * PULLS_PER_MEMBER and self._pulls < times * PULLS
         coming, of_member = self.in_flight - self._pulls, member.in_flight - member.pulls
@@ -417,10 +444,22 @@ class Choice:
         self.end(node, pull=pull)
         self._lacking(node, blob, chunk, now + LACKING_SECONDS)
 
+    def withholds(self, node: str, blob: str, chunk: int, now: float, *, pull: bool = False) -> None:
+        """`node` is well, and gives the blob to nobody."""
+        self.end(node, pull=pull)
+        self._lacking(node, blob, chunk, now + LACKING_SECONDS)
+        self._withheld[node, blob] = now + WITHHELD_SECONDS
+        self._withheld.move_to_end((node, blob))
+        if len(self._withheld) > CHUNKS_MAX:
+            self._withheld.popitem(last=False)
+
     def unable(self, node: str, blob: str, chunk: int, now: float, *, pull: bool = False) -> None:
         """`node` is well, and could not fetch it from the origin."""
         self.end(node, pull=pull)
         self._lacking(node, blob, chunk, now + UNABLE_SECONDS)
+        if (member := self._known(node)) is not None and now >= member.spare_until:
+            member.unable = 1 if now > member.spare_until + SPARE_SECONDS_MAX else min(member.unable + 1, 16)
+            member.spare_until = now + min(SPARE_SECONDS * 2.0 ** (member.unable - 1), SPARE_SECONDS_MAX)
 
     def failed(self, node: str, now: float, *, pull: bool = False) -> None:
         """It did not answer, broke off, or refused us."""

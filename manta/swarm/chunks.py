@@ -33,6 +33,7 @@ from manta.swarm.questions import Answered, refused
 from manta.swarm.shelf import OpenChunk, Shelf
 from manta.swarm.slots import Recipients, Slots
 from manta.swarm.uploads import Allowance, Upload
+from manta.wire.link import in_thread
 
 TOLD_NODES_MAX = 1024
 """Nodes that are told of singly each second; a message to the daemon has room for about 2000."""
@@ -137,7 +138,7 @@ class Chunks:
         start, end = found.extent.start + asked.start, found.extent.start + asked.end
         if request.headers.get(ACCEPT_LZ4) == "lz4" and not self._packing.locked() and _pays(found.fd, start, end):
             async with self._packing:  # until it is sent: packed chunks are in memory
-                packed = await asyncio.to_thread(_packed, found.fd, start, end)
+                packed = await in_thread(_packed, found.fd, start, end)
                 if len(packed) < end - start:
                     return await self._send(request, sender, asked, found, packed)
         return await self._send(request, sender, asked, found, None)

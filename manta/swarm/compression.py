@@ -2,7 +2,7 @@
 
 A chunk waits until it is packed before it is sent, so it is there sooner only where ratio < 1 - R / P, with R the rate that the transfer
 would have and P that of packing. Text is packed at 0.5 GB/s and to a half: it pays up to 250 MB/s for one transfer, which is a link of
-1 Gbit/s alone, or of 10 Gbit/s shared by five. It never pays in CPU time, which is 3 CPU-s/GB for text instead of 0.9. The mantissas of
+1 Gbit/s alone, or of 10 Gbit/s shared by five. It never pays in CPU time, which is 3 CPU-s/GB for text instead of 1. The mantissas of
 weights are noise to LZ4, whatever their type: 1.000. So a few places of the chunk are packed, which tells both apart.
 docs/performance.md has the figures. Used by the peer process, which samples and packs, and by workers, which unpack.
 """

@@ -1,7 +1,7 @@
 """Where others come in: listening sockets, TLS, and the bound on connections, here and only here. One asyncio loop.
 
-Used by `manta.swarm.server`. Who has shown no key yet is put out first when there are too many; then who has been silent longest. A
-connection that is being answered stays.
+Used by `manta.swarm.server`. Who has not shown yet that it is a member is put out first when there are too many; then which member has been
+silent longest. One that is being answered stays.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Connection:
     since: float
     """When it was last answered, or accepted."""
     known: bool = False
-    """A request on it was signed with the cluster's key."""
+    """A request on it was a member's."""
     answering: bool = False
     transport: asyncio.Transport | None = None
     handler: web.RequestHandler | None = None
@@ -160,8 +160,8 @@ class Door:
                 self._forget(connection)
 
     def _make_room(self) -> bool:
-        """Puts out a connection of which nothing is lost. False where all of them are being answered."""
-        idle = [each for each in self._connections if not each.answering]
+        """Puts out a connection of which nothing is lost. False where all are members that are being answered."""
+        idle = [each for each in self._connections if not (each.known and each.answering)]
         if not idle:
             return False
         self._put_out(min(idle, key=lambda each: (each.known, each.since)))

@@ -16,7 +16,7 @@ from functools import partial
 from manta.errors import Denied, Invalid, MantaError, Unavailable
 from manta.swarm.client import MemberClient
 from manta.swarm.discovery import discover
-from manta.swarm.presence import Presences, pauses_of
+from manta.swarm.presence import Presences, pauses_of, rate_of
 from manta.swarm.roster import Roster, pages
 from manta.wire.messages import Message
 from manta.wire.peering import (
@@ -50,6 +50,9 @@ class Pace:
     """Until certificates that could not be read are looked at again."""
 
 
+RATES_MAX = 4096
+
+
 class Membership:
     """Who the other nodes are. `tell` takes Members, Presence, Pauses and Trouble, in the loop that `run` runs in: the first Members when
     discovery has found somebody, or that there is nobody."""
@@ -63,6 +66,7 @@ class Membership:
         self._roster = Roster(settings.node, epoch=time.time() - time.monotonic())
         self._presences = Presences(settings.node)
         self._polling: set[str] = set()
+        self._rates: dict[str, float] = {}  # what comes to members from the origin, as was told last
         self._troubles: dict[str, str] = {}
         self._told = -1
         self._due = asyncio.Event()
@@ -111,6 +115,11 @@ class Membership:
     def is_member(self, node: str) -> bool:
         """Whether `node` is known by an answer of its own, and not refused. It may be down."""
         return self._roster.is_member(node)
+
+    def heard(self, node: str, host: str) -> None:
+        """`node` asked this one something, from `host`."""
+        self._roster.heard(node, host, time.monotonic())
+        self._due.set()
 
     async def call(self, call: Call, fd: int | None) -> Called:
         """Asks one member; `fd` stays the caller's, who also bounds the calls under way. Whatever goes wrong is in the answer: status 0
@@ -184,8 +193,12 @@ class Membership:
                 have, rtt_s = await self._client.have(address, node, blobs, self._pace.answer_s)
                 for blob, bitmap in self._presences.news(node, blobs, have):
                     self._tell(Presence(0, node, blob, bitmap))
-                if pauses := pauses_of(have):
-                    self._tell(Pauses(0, node, pauses))
+                pauses, rate = pauses_of(have), rate_of(have)
+                if pauses or rate != self._rates.get(node, 0.0):
+                    if len(self._rates) >= RATES_MAX:
+                        self._rates.clear()  # each is told once more
+                    self._rates[node] = rate
+                    self._tell(Pauses(0, node, pauses, rate))
                 self._roster.answered(address, node, rtt_s, time.monotonic())
         except MantaError as error:
             self._went_wrong(address, error)

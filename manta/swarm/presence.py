@@ -26,6 +26,7 @@ PAUSES_MAX = 64
 """Of one answer: as many as origins' pauses are kept (`manta.fetch.throttle`)."""
 PAUSE_SECONDS_MAX = 3600.0
 ORIGIN_CHARACTERS_MAX = 300
+RATE_MAX = 1e12
 
 _BITMAPS_BYTES_MAX = ANSWER_BYTES_MAX // 2
 
@@ -121,6 +122,11 @@ class Presences:
         while self._told_count > TOLD_MAX:
             self._told_count -= len(self._told.popitem(last=False)[1])
         return news
+
+
+def rate_of(have: Have) -> float:
+    """What comes to a member from the origin, bytes per second; 0 for what no link carries."""
+    return have.origin_rate if 0 <= have.origin_rate <= RATE_MAX else 0.0
 
 
 def pauses_of(have: Have) -> dict[str, float]:

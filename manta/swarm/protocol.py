@@ -51,8 +51,8 @@ TARGET_BYTES_MAX = 8 * 1024
 HAVE_BLOBS_MAX = 256
 BLOB_BYTES_MAX = 16 * 1024**4
 
-_BLOB_TARGET = re.compile(r"/v1/blobs/([a-z0-9-]{1,80})/(\d{1,9})")
-_RANGE = re.compile(r"bytes=(\d{1,9})-(\d{1,9})")
+_BLOB_TARGET = re.compile(r"/v1/blobs/([a-z0-9-]{1,80})/([0-9]{1,9})")
+_RANGE = re.compile(r"bytes=([0-9]{1,9})-([0-9]{1,9})")
 NODE_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -85,6 +85,8 @@ class Have(Body, frozen=True):
     slots: int = 0
     busy: int = 0
     """Upload slots, and how many are in use."""
+    origin_rate: float = 0.0
+    """Bytes per second that come to it from the origin."""
 
 
 class Pull(Body, frozen=True):
@@ -249,8 +251,11 @@ def parse_chunk_target(target: str, range_header: str) -> ChunkRequest:
     found = _BLOB_TARGET.fullmatch(path)
     if found is None or len(target) > TARGET_BYTES_MAX:
         raise Invalid("The path names no chunk of a blob.")
-    fields = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=4))
-    if fields.keys() - {"size", "pull"} or not re.fullmatch(r"\d{1,15}", fields.get("size", "")):
+    try:
+        fields = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=4))
+    except ValueError as error:
+        raise Invalid("The query has too many fields.") from error
+    if fields.keys() - {"size", "pull"} or not re.fullmatch(r"[0-9]{1,15}", fields.get("size", "")):
         raise Invalid("The query is not that of a chunk.")
     blob, chunk, size = parse_blob_id(found[1]), int(found[2]), int(fields["size"])
     if not 0 < size <= BLOB_BYTES_MAX or chunk * CHUNK_SIZE >= size:

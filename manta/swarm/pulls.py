@@ -75,9 +75,9 @@ class Pulls:
             if not pull.done.done():
                 return None
             answered = pull.done.result()
-            if answered.status == 200:
+            if answered.status == 200 or pull.where == where:
                 return answered
-            # It failed: where another asker had said; where this one says, it may be to be had.
+            # It failed where another asker had said; where this one says, it may be to be had.
         return None
 
     def sweep(self) -> None:

@@ -161,6 +161,15 @@ class Roster:
         if contact := self._contacts.get(address):
             self._set_due(contact, now)
 
+    def heard(self, node: str, host: str, now: float) -> None:
+        """`node` asked us something, from `host`: if it is not known to be up, what is at that host is greeted soon. Nodes that start one
+        after the other would find the later ones only when their pauses are over."""
+        if any(contact.state == "up" for contact in self._nodes.get(node, ())):
+            return
+        for contact in self._contacts.values():
+            if contact.state in {"suspect", "down"} and contact.address.rpartition(":")[0].strip("[]") == host:
+                self._set_due(contact, now)
+
     def look_at_refused(self, now: float) -> None:
         """The keys are others: those that were refused may be members now."""
         for contact in self._contacts.values():

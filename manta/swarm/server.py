@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
@@ -50,6 +50,7 @@ from manta.swarm.questions import Answered, Crowded, Questions, refused
 from manta.swarm.shelf import Shelf
 from manta.swarm.slots import Slots
 from manta.swarm.uploads import Allowance, Upload
+from manta.wire.link import in_thread
 from manta.wire.messages import Message
 from manta.wire.peering import BODY_BYTES_MAX as ASKED_BYTES_MAX
 from manta.wire.peering import Listening, Settings, Trouble, Uploaded
@@ -75,17 +76,30 @@ _ASKED: dict[str, type[Any] | None] = {
 """The questions that the daemon answers, and their bodies."""
 
 
+class Acquaintances(Protocol):
+    """What is needed of the membership."""
+
+    def is_member(self, node: str) -> bool:
+        """Whether it is worth naming to others."""
+        ...
+
+    def heard(self, node: str, host: str) -> None:
+        """`node` asked this one something, from `host`."""
+        ...
+
+
 class Server:
-    """Answers as the node of `settings`. `tell` reaches the daemon; `is_member` says whether a node is worth naming to others."""
+    """Answers as the node of `settings`. `tell` reaches the daemon; `members` knows the other nodes."""
 
     def __init__(
         self,
         settings: Settings,
         questions: Questions,
         tell: Callable[[Message], None],
-        is_member: Callable[[str], bool],
+        members: Acquaintances,
         limits: Limits,
     ) -> None:
+        self._members = members
         self._settings = settings
         self._tell = tell
         self._limits = limits
@@ -98,12 +112,20 @@ class Server:
         self._permits = Permits(questions, limits, all_of_them=self._all_of_them)
         self._shelf = Shelf(Path(settings.cache_dir))
         self._chunks = Chunks(
-            settings.node, self._shelf, self._slots, self._pulls, self._permits, self._allowance, is_member, limits
+            settings.node,
+            self._shelf,
+            self._slots,
+            self._pulls,
+            self._permits,
+            self._allowance,
+            members.is_member,
+            limits,
         )
         self._page = Page(questions)
         self._door = Door(self._answer, limits)
         self._rekeyed = asyncio.Event()
         self._pauses: dict[str, float] = {}
+        self._origin_rate = 0.0
         self._troubled: set[str] = set()
         self._refused_auth = 0
         self._busy_told = 0
@@ -122,8 +144,9 @@ class Server:
         self._permits.all_of_them = self._all_of_them
         self._rekeyed.set()
 
-    def set_pauses(self, pauses: dict[str, float]) -> None:
-        """The origins that asked this node for a pause, and for how many seconds from now."""
+    def set_origins(self, pauses: dict[str, float], rate: float) -> None:
+        """The origins that asked this node for a pause, and for how many seconds from now; and the bytes per second that come from them."""
+        self._origin_rate = rate
         now = asyncio.get_running_loop().time()
         self._pauses = {origin: now + seconds for origin, seconds in pauses.items()}
 
@@ -223,7 +246,7 @@ class Server:
         try:
             body = await self._body(request)
             sender = self._sender(request, body)
-            connection.known = bool(sender.key)
+            connection.known = True
             outcome = await self._route(request, sender, body)
         except MantaError as error:
             outcome = _refusal(error)
@@ -258,6 +281,8 @@ class Server:
         if len(request.raw_path) > TARGET_BYTES_MAX:
             raise Invalid("The path is too long.")
         what = f"{request.method} {request.raw_path}"
+        if not what.startswith("GET /v1/blobs/"):
+            self._members.heard(sender.node, request.remote or "")
         if what.startswith("GET /v1/blobs/"):
             return await self._chunks.answer(request, sender)
         if what == "GET /v1/hello":
@@ -288,6 +313,7 @@ class Server:
             pauses={origin: until - now for origin, until in self._pauses.items() if until > now},
             slots=self._slots.limit,
             busy=self._slots.busy,
+            origin_rate=self._origin_rate,
         )
 
     async def _ask(self, kind: str, sender: Sender, body: bytes) -> Answered:
@@ -308,7 +334,7 @@ class Server:
             size, said = len(answered.body), Answer(answered.status, body=answered.body)
             if answered.file is not None:
                 size = answered.file_bytes
-                said = Answer(answered.status, body_sha256=await asyncio.to_thread(_sha256, answered.file, size))
+                said = Answer(answered.status, body_sha256=await in_thread(_sha256, answered.file, size))
             headers = {"server": "manta", "content-type": "application/octet-stream"}
             if sender is not None and (mac := sign_answer(said, sender, self._settings.node)):
                 headers[MAC] = mac

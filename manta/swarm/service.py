@@ -52,6 +52,8 @@ class Membership(Protocol):
 
     def is_member(self, node: str) -> bool: ...
 
+    def heard(self, node: str, host: str) -> None: ...
+
 
 MakeMembership = Callable[[Settings, Tell], Membership]
 
@@ -62,7 +64,7 @@ class _Peer:
         self._members = make_membership(settings, link.send)
         limits = Limits()
         self._questions = Questions(link.send, limits)
-        self._server = Server(settings, self._questions, link.send, self._members.is_member, limits)
+        self._server = Server(settings, self._questions, link.send, self._members, limits)
         self._calls: dict[int, asyncio.Task[None]] = {}
 
     async def serve(self) -> None:
@@ -98,7 +100,7 @@ class _Peer:
             case Follow():
                 self._members.follow(message.blobs)
             case OwnPauses():
-                self._server.set_pauses(message.pauses)
+                self._server.set_origins(message.pauses, message.origin_rate)
             case Settings():
                 self._server.set_keys(message.keys)
                 self._members.set_keys(message.keys)

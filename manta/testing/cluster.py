@@ -45,6 +45,8 @@ KEY = "the key of a cluster that exists for a test only"
 
 START_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 60.0
+MEMBERS_TIMEOUT_S = 60.0
+"""A member that did not answer is tried again every 30 s or sooner."""
 END_TIMEOUT_S = 15.0
 """A daemon's own bound for its end is 10 s."""
 READ_TIMEOUT_S = 120.0
@@ -254,19 +256,20 @@ class Cluster:
     ) -> Iterator[list[Node]]:
         """`count` nodes with empty caches on the first hosts. At the end they are ended, and their folders go.
 
-        `swarm`: each knows the addresses of all hosts (its own among them, as one list for all would have it) and the key. `settings`: more
-        of them, by SECTION.FIELD.
+        `swarm`: each knows the addresses of all (its own among them, as one list for all would have it) and the key. `settings`: more of
+        them, by SECTION.FIELD.
         """
         self._sets += 1
         folder = self.folder / f"s{self._sets}"
+        hosts = self.net.nodes[:count]
         made = [
             Node(
                 host,
                 folder / f"n{number}",
                 self.hub.endpoint,
-                {**(self._swarm(host, folder / f"n{number}") if swarm else {}), **(settings or {})},
+                {**(_swarm(host, hosts, folder / f"n{number}") if swarm else {}), **(settings or {})},
             )
-            for number, host in enumerate(self.net.nodes[:count], 1)
+            for number, host in enumerate(hosts, 1)
         ]
         try:
             if swarm:
@@ -282,14 +285,6 @@ class Cluster:
         else:
             each(made, Node.stop)
         shutil.rmtree(folder, ignore_errors=True)
-
-    def _swarm(self, host: Host, folder: Path) -> dict[str, str]:
-        addresses = ",".join(f"{each.address}:{SWARM_PORT}" for each in self.net.nodes)
-        return {
-            "swarm.peers": f"static:{addresses}",
-            "swarm.listen": f"{host.address}:{SWARM_PORT}",
-            "swarm.key_file": str(folder / "key"),
-        }
 
     # -- reading --------------------------------------------------------------------------------------------------------------------
 
@@ -359,6 +354,25 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise Unavailable(f"The hub was still answering requests after {timeout_s:g} s.")
             time.sleep(QUIET_S / 5)
+
+
+def _swarm(host: Host, hosts: Sequence[Host], folder: Path) -> dict[str, str]:
+    addresses = ",".join(f"{each.address}:{SWARM_PORT}" for each in hosts)
+    return {
+        "swarm.peers": f"static:{addresses}",
+        "swarm.listen": f"{host.address}:{SWARM_PORT}",
+        "swarm.key_file": str(folder / "key"),
+    }
+
+
+def await_members(nodes: Sequence[Node]) -> None:
+    """Until each knows all the others to be up. Raises Unavailable where that takes longer than MEMBERS_TIMEOUT_S."""
+    deadline = time.monotonic() + MEMBERS_TIMEOUT_S
+    for node in nodes:
+        while sum(member.state == "up" for member in node.client.peers().members) < len(nodes) - 1:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"{node.folder.name} did not find all the others.{node.log()}")
+            time.sleep(POLL_S)
 
 
 def set_key(node: Node, key: str) -> None:

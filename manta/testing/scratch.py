@@ -44,11 +44,14 @@ def scratch(base: Path) -> Iterator[Path]:
     sweep(base)
     prefix = f"manta-scratch-{os.getpid()}-{start_time(os.getpid())}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base)).resolve()
+    before = os.environ.get(MARKER)
     os.environ[MARKER] = str(folder)  # for every process that is started from here on
     try:
         yield folder
     finally:
         del os.environ[MARKER]
+        if before is not None:
+            os.environ[MARKER] = before
         remove(folder)
 
 

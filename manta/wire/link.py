@@ -1,4 +1,4 @@
-"""A child process's end of the socket to the daemon, on asyncio, and how such a process begins. Here and only here.
+"""A child process's end of the socket to the daemon, on asyncio, and how such a process begins and works in threads. Here and only here.
 
 Used by `manta.worker.service` and `manta.swarm.service`. The daemon's end is in trio: `manta.fetch.workers`.
 """
@@ -13,7 +13,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from manta.wire.channel import Closed, receive_nowait, send_nowait
 from manta.wire.messages import Message, encode
@@ -24,6 +24,8 @@ UNSENT_BYTES_MAX = 64 * 1024 * 1024
 _PR_SET_PDEATHSIG = 1
 
 M = TypeVar("M")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Link(Generic[M]):
@@ -101,3 +103,14 @@ def follow_daemon() -> None:
     with contextlib.suppress(OSError):
         # A process that hangs in a system call when the daemon dies would not see the socket's end.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+async def in_thread(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """`work` in a thread, to its end: for work on a descriptor, which the caller closes afterwards."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        # The thread cannot be stopped, and must not read from a descriptor that is another file's by then.
+        await asyncio.wait([working])
+        raise

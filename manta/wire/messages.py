@@ -90,7 +90,7 @@ class Pull(Message, frozen=True, tag="pull"):
 
 
 class Watch(Message, frozen=True, tag="watch"):
-    """A reader waits for the bytes of the Fetch `order` from now on."""
+    """A reader waits for the bytes of the Fetch or Pull `order` from now on."""
 
 
 class Digest(Message, frozen=True, tag="digest"):

@@ -45,9 +45,11 @@ class Follow(Message, frozen=True, tag="follow"):
 
 
 class OwnPauses(Message, frozen=True, tag="own-pauses"):
-    """The origins that asked this node for a pause, and for how many seconds from now: members are told."""
+    """The origins that asked this node for a pause, and for how many seconds from now, and what comes to it from them: members are told."""
 
     pauses: dict[str, float]
+    origin_rate: float = 0.0
+    """Bytes per second."""
 
 
 class Call(Message, frozen=True, tag="call"):
@@ -128,6 +130,8 @@ class Pauses(Message, frozen=True, tag="pauses"):
 
     node: str
     pauses: dict[str, float]
+    origin_rate: float = 0.0
+    """Bytes per second that come to that member from the origin."""
 
 
 class Asked(Message, frozen=True, tag="asked"):

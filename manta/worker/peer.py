@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 from yarl import URL
 
 from manta.errors import Corrupt, Invalid
@@ -62,6 +63,7 @@ class PeerClient:
     def __init__(self) -> None:
         self._client: Client | None = None
         self._made_for: tuple[str, int, str] | None = None
+        self._under_way: dict[int, _Pulling] = {}  # by order
 
     def close(self) -> None:
         if self._client is not None:
@@ -74,6 +76,7 @@ class PeerClient:
         intake = Intake(sink)
         pulling = _Pulling(order, self._client_for(order), sink, intake, progress)
         ticker = asyncio.create_task(intake.keep_moving())
+        self._under_way[order.order] = pulling
         try:
             for start, end in order.extents:
                 sink.begin(start)
@@ -85,6 +88,7 @@ class PeerClient:
         except Broken as e:
             raise OrderFailed("unavailable", f"{order.address} {e.what}", unreachable=e.unreachable) from e
         finally:
+            del self._under_way[order.order]
             ticker.cancel()
             sink.tell()
         if digest != pulling.announced:
@@ -94,6 +98,11 @@ class PeerClient:
             raise OrderFailed("corrupt", what)
         first = sink.first_written if sink.first_written is not None else began
         return Fetched(order.order, digest, time.monotonic() - began, first - began)
+
+    def watch(self, order: int) -> None:
+        """A reader waits for the chunk of `order`: a node that fetches it on our behalf is told. Nothing where it has ended."""
+        if (pulling := self._under_way.get(order)) is not None:
+            pulling.hurry()
 
     def _client_for(self, order: Pull) -> Client:
         """Connections over plain TCP, or over TLS as the order says. Made anew when that changes, or the file of authorities."""
@@ -131,8 +140,8 @@ class _Pulling:
         self._intake = intake
         self._progress = progress
         try:
-            pull = protocol.decode(order.pull, protocol.Pull) if order.pull else None
-            target = protocol.chunk_target(parse_blob_id(order.blob), order.blob_size, order.chunk, pull)
+            self._pull = protocol.decode(order.pull, protocol.Pull) if order.pull else None
+            target = protocol.chunk_target(parse_blob_id(order.blob), order.blob_size, order.chunk, self._pull)
             scheme = "https" if order.tls_authorities else "http"
             self._url = URL(f"{scheme}://{order.address}{target}", encoded=True)
             if not self._url.raw_host or not self._url.explicit_port or self._url.raw_path_qs != target:
@@ -143,6 +152,14 @@ class _Pulling:
         """The chunk's digest, as the node says it; None while it has said none."""
         self._nonce = ""  # of the latest request
         self._waited_s = 0.0
+
+    def hurry(self) -> None:
+        """The next time it asks, it says that a reader waits."""
+        if self._pull is not None and not self._pull.urgent:
+            self._pull = msgspec.structs.replace(self._pull, urgent=True)
+            blob, order = parse_blob_id(self._order.blob), self._order
+            target = protocol.chunk_target(blob, order.blob_size, order.chunk, self._pull)
+            self._url = URL(f"{self._url.scheme}://{order.address}{target}", encoded=True)
 
     async def extent(self, asked: Extent) -> None:
         """Raises OrderFailed, Broken, and TimeoutError where no answer comes."""

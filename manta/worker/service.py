@@ -11,12 +11,11 @@ import gc
 import os
 import socket
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from manta.wire.channel import Closed
-from manta.wire.link import Link, follow_daemon
+from manta.wire.link import Link, follow_daemon, in_thread
 from manta.wire.messages import (
     Cancel,
     Digest,
@@ -67,8 +66,9 @@ class _Worker:
                 print(f"manta worker {os.getpid()}: got what is no message, ending", file=sys.stderr)
                 break
             if isinstance(order, Watch):
-                if self._origin is not None:
+                if self._origin is not None and self._peers is not None:
                     self._origin.watch(order.order)
+                    self._peers.watch(order.order)
                 continue
             if isinstance(order, Cancel):
                 if task := self._tasks.get(order.order):
@@ -131,10 +131,10 @@ class _Worker:
                 return await self._of_swarm().pull(order, fd, partial(self._tell_progress, order.order))
             case Digest():
                 assert fd is not None
-                return await _in_thread(self._digester.advance, order, fd)
+                return await in_thread(self._digester.advance, order, fd)
             case Verify():
                 assert fd is not None
-                return await _in_thread(verify, order, fd)
+                return await in_thread(verify, order, fd)
             case _:
                 assert_never(order)
 
@@ -151,20 +151,6 @@ class _Worker:
         if self._peers is None:
             raise OrderFailed("unavailable", "reached a worker that only digests")
         return self._peers
-
-
-_Order = TypeVar("_Order", Digest, Verify)
-_Answer = TypeVar("_Answer", Digested, Verified)
-
-
-async def _in_thread(work: Callable[[_Order, int], _Answer], order: _Order, fd: int) -> _Answer:
-    working = asyncio.ensure_future(asyncio.to_thread(work, order, fd))
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        # The thread cannot be stopped, and must not read from a descriptor that is another file's by then.
-        await asyncio.wait([working])
-        raise
 
 
 async def _serve(role: str, sock: socket.socket) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from manta.cache.layout import Layout, blob_of
+from manta.cache.layout import Layout, blob_of, node_id
 from manta.errors import CacheBroken, Invalid
 from manta.model.ids import BlobAlgorithm, BlobId
 
@@ -80,3 +80,30 @@ def test_files_of_a_blob_are_known_by_name(tmp_path: Path) -> None:
     assert blob_of(layout.map(BLOB).name) == (BLOB, ".map")
     for name in ("", ".", "notes.txt", "git-3f.data", "x" + layout.data(BLOB).name):
         assert blob_of(name) is None
+
+
+def test_a_node_keeps_its_id_with_its_cache(tmp_path: Path) -> None:
+    layout, other = prepared(tmp_path / "a"), prepared(tmp_path / "b")
+    made = node_id(layout)
+    assert len(made) == 16
+    assert int(made, 16) >= 0
+    assert node_id(layout) == made
+    assert node_id(other) != made
+    Layout(layout.directory).claim()
+    assert node_id(prepared(tmp_path / "a")) == made
+
+
+@pytest.mark.parametrize("damage", [b"", b"short\n", b"../../../../../../", b"0123456789ABCDEF\n", b"\xff" * 16])
+def test_a_damaged_id_is_made_anew(tmp_path: Path, damage: bytes) -> None:
+    layout = prepared(tmp_path)
+    layout.node.write_bytes(damage)
+    made = node_id(layout)
+    assert len(made) == 16
+    assert node_id(layout) == made
+
+
+def test_an_id_that_cannot_be_read_is_an_error_of_the_cache(tmp_path: Path) -> None:
+    layout = prepared(tmp_path)
+    layout.node.mkdir()
+    with pytest.raises(CacheBroken):
+        node_id(layout)

@@ -3,11 +3,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import lz4.frame
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manta.cache.metadata import MetadataStore
+from manta.cache import metadata as module
+from manta.cache.metadata import MetadataStore, decode_snapshot
 from manta.errors import CacheBroken, Invalid, NoSpace
 from manta.model.ids import BlobAlgorithm, BlobId, Commit, RepoId, RepoKind
 from manta.model.snapshot import FileEntry, Snapshot
@@ -181,3 +184,58 @@ def test_a_broken_disk_is_said_so(tmp_path: Path) -> None:
         store.snapshots(REPO)
     with pytest.raises(CacheBroken):
         store.save_snapshot(TREE)
+
+
+def told(plain: bytes) -> bytes:
+    return bytes(lz4.frame.compress(plain, content_checksum=True, store_size=False))
+
+
+def test_what_is_stored_is_what_nodes_tell_each_other(store: MetadataStore) -> None:
+    assert store.encoded(REPO, COMMIT) is None
+    store.save_snapshot(TREE)
+    data = store.encoded(REPO, COMMIT)
+    assert data is not None
+    assert decode_snapshot(data, REPO, COMMIT) == TREE
+    for repo, commit in ((OTHER, COMMIT), (REPO, LATER)):
+        with pytest.raises(Invalid):
+            decode_snapshot(data, repo, commit)
+
+
+def test_a_bomb_is_not_unpacked_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TREE_BYTES_MAX", 1 << 20)
+    bomb = told(b" " * (64 << 20))
+    assert len(bomb) < 1 << 20
+    with pytest.raises(Invalid):
+        decode_snapshot(bomb, REPO, COMMIT)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b'{"x":' * 100_000,
+        b'{"version":1,"repo":"org/name","commit":"%s","gated":false,"private":false,"files":[["a",1e999,"",""]]}'
+        % COMMIT.encode(),
+        b'{"version":1,"repo":"org/name","commit":"%s","gated":false,"private":false,"files":[["a",-1,"",""]]}'
+        % COMMIT.encode(),
+        b'{"version":1,"repo":"org/name","commit":"%s","gated":false,"private":false,"files":[["a",%d,"",""]]}'
+        % (COMMIT.encode(), 1 << 63),
+        b'{"version":1,"repo":"org/name","commit":"%s","gated":false,"private":false,"files":[["a",1,"sha256-..",""]]}'
+        % COMMIT.encode(),
+        msgspec.json.encode(
+            {"version": 2, "repo": "org/name", "commit": COMMIT, "gated": 0, "private": 0, "files": []}
+        ),
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_no_tree_is_invalid_and_nothing_else(plain: bytes) -> None:
+    with pytest.raises(Invalid):
+        decode_snapshot(told(plain), REPO, COMMIT)
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_no_tree(noise: bytes) -> None:
+    with pytest.raises(Invalid):
+        decode_snapshot(noise, REPO, COMMIT)

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from manta.testing.cluster import KEY, Cluster, Node, obstacle, set_key, start_all
+from manta.testing.cluster import KEY, Cluster, Node, await_members, obstacle, set_key, start_all
 from manta.testing.hub import Generated, HubSpec, RepoSpec, Text
 
 NODES = 4
+SETTINGS = {"hub.timeout_s": "5"}
+"""How long a mount waits for a hub that is gone is not what is tested here."""
 RATE = 400_000_000
 REPOS = 12
 SHARD_BYTES = 6 * 8 * 1024 * 1024 - 12345
@@ -48,11 +50,11 @@ def _spec() -> HubSpec:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running() -> Iterator[tuple[Cluster, list[Node]]]:
     with (
         Cluster.set_up(_spec(), NODES, rate=RATE, origin_rate=RATE) as cluster,
-        cluster.nodes(NODES, swarm=True) as nodes,
+        cluster.nodes(NODES, swarm=True, settings=SETTINGS) as nodes,
     ):
         yield cluster, nodes
 
@@ -68,13 +70,14 @@ def cluster(running: tuple[Cluster, list[Node]]) -> Iterator[Cluster]:
 
 @pytest.fixture
 def nodes(cluster: Cluster, running: tuple[Cluster, list[Node]]) -> list[Node]:
-    """Four nodes that run, with the cluster's key."""
+    """Four nodes that run, with the cluster's key, and know of each other."""
     _, made = running
     strangers = [node for node in made if (node.folder / "key").read_text().strip() != KEY]
     for node in strangers:
         node.stop()
         set_key(node, KEY)
     start_all([node for node in made if not node.pid])
+    await_members(made)
     return made
 
 
@@ -86,6 +89,12 @@ def numbers() -> Iterator[int]:
 @pytest.fixture
 def repo(numbers: Iterator[int]) -> str:
     """A repo that no node has anything of: two shards of six chunks and a small file."""
+    return f"cluster/model-{next(numbers)}"
+
+
+@pytest.fixture
+def other_repo(numbers: Iterator[int]) -> str:
+    """Another one."""
     return f"cluster/model-{next(numbers)}"
 
 

@@ -51,27 +51,26 @@ def test_the_others_read_on_while_a_member_is_cut_off_and_it_when_it_is_back(
     finally:
         for reading in readings:
             reading.close()
-    assert copies(cluster, repo) < 2
+    # At worst each side takes a copy, and what was on its way when the link was cut comes again.
+    assert copies(cluster, repo) < 2.5
 
 
 def test_a_node_with_another_key_is_left_alone_and_works_by_itself(
-    cluster: Cluster, nodes: list[Node], repo: str
+    cluster: Cluster, nodes: list[Node], repo: str, other_repo: str
 ) -> None:
-    stranger = nodes[0]
+    stranger, *friends = nodes
     stranger.stop()
     set_key(stranger, STRANGE_KEY)
     stranger.start()
-    cluster.read(nodes[1:], repo)
-    assert 1.0 <= copies(cluster, repo) <= 1.1
-    cluster.hub.reset(content=False)
-    # Nobody gives it anything, though all have everything: the origin does.
     cluster.read([stranger], repo)
     assert 1.0 <= copies(cluster, repo) <= 1.1
-    # And nobody takes anything from it.
+    # Nobody takes anything from it, and the others share as before.
     cluster.hub.reset(content=False)
-    for node in nodes[1:]:
-        node.kill()
-        node.empty()
-        node.start()
-    cluster.read(nodes[1:], repo)
+    cluster.read(friends, repo)
     assert 1.0 <= copies(cluster, repo) <= 1.1
+    # Nobody gives it anything.
+    cluster.read(friends, other_repo)
+    cluster.await_quiet()
+    cluster.hub.reset(content=False)
+    cluster.read([stranger], other_repo)
+    assert 1.0 <= copies(cluster, other_repo) <= 1.1

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from manta.errors import Denied, Unavailable
+from manta.errors import Denied, MantaError, Throttled, Unavailable
 from manta.fetch.sources import Provenance
 from manta.fetch.way import REFUSED_SECONDS
 from manta.hub.circuit import PATIENCE_S, PROBE_S
+from manta.hub.origin import Location
 from manta.model.ids import BlobId, RepoId, RepoKind
 from manta.testing.workers import failed
 from manta.wire.messages import Located
@@ -131,3 +133,119 @@ async def test_each_place_that_refuses_is_asked_once(autojump_clock: MockClock, 
         await world.read(file, transfers[0], 0, 10)
         for transfer in transfers:
             world.fetcher.close(transfer)
+
+
+# What another node says ----------------------------------------------------------------------------------------------
+
+
+def tell(world: World, told: Location | Throttled | None) -> list[Provenance]:
+    """Has another node say that of every location; gives what it was asked for."""
+    asked: list[Provenance] = []
+
+    async def shared(provenance: Provenance) -> Location | None:
+        asked.append(provenance)
+        if isinstance(told, Throttled):
+            raise told
+        return told
+
+    assert world.fetcher._locator is not None
+    world.fetcher._locator._shared = shared
+    return asked
+
+
+async def test_a_told_location_spares_the_hub_the_question(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        file = world.publish("a", 3 * CHUNK)
+        asked = tell(world, Location("https://cdn.test/told", {"user-agent": "manta"}, told=True))
+        world.workers._located["https://cdn.test/told"] = file.url
+        await world.read_once(file, 0, 3 * CHUNK)
+        assert len(asked) == 1
+        assert world.workers.locates == []
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        Location("http://169.254.169.254/latest/meta-data", {}, told=True),
+        Location("http://cdn.test/told", {}, told=True),
+        Location("file:///etc/passwd", {}, told=True),
+        Location("unix:/run/docker.sock", {}, told=True),
+        Location("", {}, told=True),
+        Location("https://cdn.test/told", {"authorization": "Bearer x"}, told=True),
+        Location("https://cdn.test/told", {"Metadata-Flavor": "Google"}, told=True),
+        None,
+        Throttled("The hub asked for a pause.", 3.0),
+    ],
+    ids=["metadata", "plain", "file", "socket", "empty", "token", "header", "nothing", "pause"],
+)
+async def test_what_cannot_be_a_location_of_the_hubs_is_not_used(
+    autojump_clock: MockClock, world: World, told: Location | Throttled | None
+) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        tell(world, told)
+        await world.read_once(file, 0, CHUNK)
+        assert len(world.workers.locates) == 1
+        assert all(fetch.url.startswith("https://cdn.test/1?") for fetch in world.workers.fetches)
+
+
+@pytest.mark.parametrize("reason", ["denied", "unavailable", "corrupt"])
+async def test_a_told_location_that_does_not_serve_is_not_asked_for_again(
+    autojump_clock: MockClock, world: World, reason: str
+) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        asked = tell(world, Location("https://cdn.test/told", {}, told=True))
+        world.workers._located["https://cdn.test/told"] = file.url
+        world.workers.fault(
+            "fetch",
+            failed(reason),  # type: ignore[arg-type]
+            where=lambda order: getattr(order, "url", "").endswith("/told"),
+            times=None,
+        )
+        await world.read_once(file, 0, CHUNK)
+        assert len(asked) == 1
+        assert len(world.workers.locates) == 1
+
+
+async def test_the_hub_is_asked_once_for_all_members_who_ask(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        found: list[Location] = []
+
+        async def ask() -> None:
+            found.append(await world.fetcher.locate(file.provenance))
+
+        async with trio.open_nursery() as members:
+            for _ in range(8):
+                members.start_soon(ask)
+        assert len(set(map(id, found))) == 1
+        assert len(found) == 8
+        assert len(world.workers.locates) == 1
+
+
+async def test_a_refused_location_costs_one_question_however_many_ask(autojump_clock: MockClock, world: World) -> None:
+    async with world.running():
+        file = world.publish("a", CHUNK)
+        world.workers.withdraw(file.url)
+        refused: list[MantaError] = []
+
+        async def ask() -> None:
+            with pytest.raises(MantaError) as error:
+                await world.fetcher.locate(file.provenance)
+            refused.append(error.value)
+
+        async with trio.open_nursery() as members:
+            for _ in range(8):
+                members.start_soon(ask)
+        assert len(refused) == 8
+        assert len(world.workers.locates) == 1
+
+
+async def test_offline_no_member_is_told_a_location(
+    autojump_clock: MockClock, make_world: Callable[..., World]
+) -> None:
+    world = make_world(offline=True)
+    async with world.running():
+        with pytest.raises(Unavailable, match="offline"):
+            await world.fetcher.locate(world.publish("a", CHUNK).provenance)

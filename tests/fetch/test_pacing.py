@@ -98,3 +98,27 @@ def test_single_failures_are_noise_and_many_are_not() -> None:
     while pacer.connections == 8:
         pacer.lost(100.0)
     assert pacer.connections == 4
+
+
+def test_nodes_that_share_an_origin_begin_with_few_and_never_have_more_than_one_alone() -> None:
+    for among, first, most in ((1, 8, 16), (2, 2, 8), (4, 1, 4), (8, 1, 2), (100, 1, 1)):
+        pacer = Pacer(16)
+        pacer.share(among)
+        assert pacer.connections == first
+        pacer.share(1)
+        pacer.share(among)
+        assert (pacer.connections, pacer._maximum) == (first, most)
+
+
+def test_a_connection_that_only_takes_from_other_nodes_does_not_pay() -> None:
+    """A link of 100 bytes per second that two nodes fill: with one more of ours, we have more and the other has less."""
+    pacer = Pacer(16)
+    pacer.share(2)
+    now, theirs = 0.0, 2
+    for _ in range(200):
+        now += 0.25
+        ours = 100 * pacer.connections / (pacer.connections + theirs)
+        pacer.elsewhere = 100 - ours
+        pacer.came(round(ours / 4))
+        pacer.look(pacer.connections, now)
+    assert pacer.connections <= 3

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 
 from manta.fetch.scheduler import (
     BACKGROUND_BESIDE_DEMAND,
+    BLOCKED_BLOBS_MAX,
+    BLOCKED_MAX,
     DEMAND_ORDERS_MAX,
     OTHER_ORDERS_MAX,
     QUIET_SECONDS,
@@ -747,3 +749,115 @@ def test_no_schedule_breaks_the_rules(block: int) -> None:
             simulation.run()
         except AssertionError as e:
             raise AssertionError(f"seed {seed}, at {simulation.now:g} s") from e
+
+
+# Other nodes -------------------------------------------------------------------------------------------------------------
+
+
+class Others:
+    """A `Gate` that lets `given` come from other nodes, and all else where there is a connection and `origin`."""
+
+    def __init__(self, *given: tuple[BlobId, int], origin: bool = True) -> None:
+        self.given = set(given)
+        self.origin = origin
+        self.asked = 0
+
+    def admits(self, blob: BlobId, chunk: int, priority: Priority, *, connection: bool) -> bool:
+        self.asked += 1
+        return (blob, chunk) in self.given or (connection and self.origin)
+
+    def next_missing(self, blob: BlobId, free: Callable[[int], bool], *, connection: bool) -> int | None:
+        chunks = (chunk for chunk in range(100) if free(chunk))
+        return next((c for c in chunks if self.admits(blob, c, Priority.FILL, connection=connection)), None)
+
+
+def among(others: Others, connections: int = 1) -> Scheduler:
+    return Scheduler(lambda: connections, lambda _, chunk: chunk, gate=others)
+
+
+def _blob(number: int) -> BlobId:
+    return BlobId(BlobAlgorithm.SHA256, f"{number:064x}")
+
+
+def test_what_comes_from_other_nodes_takes_no_connection() -> None:
+    blob = _blob(0)
+    scheduler = among(Others(*((blob, chunk) for chunk in range(20))))
+    scheduler.look_ahead(blob, "reader", [(chunk, 0) for chunk in range(30)])
+    for chunk in range(20):
+        want = scheduler.next(0.0)
+        assert want is not None
+        assert want.chunk == chunk
+        scheduler.beside(want)
+    last = scheduler.next(0.0)
+    assert last is not None  # by the one connection
+    assert last.chunk == 20
+    assert scheduler.next(0.0) is None
+    scheduler.finished(last)
+    assert scheduler.next(0.0) is not None
+
+
+def test_a_demand_goes_to_other_nodes_beside_any_number_of_orders() -> None:
+    blob = _blob(0)
+    others = Others((blob, 99))
+    scheduler = among(others)
+    for chunk in range(9):
+        scheduler.demand(blob, chunk, 0)
+    while (want := scheduler.next(0.0)) is not None:
+        assert want.chunk < 9
+    scheduler.demand(blob, 99, 0)
+    want = scheduler.next(0.0)
+    assert want is not None
+    assert want.chunk == 99
+
+
+def test_what_nobody_has_time_for_stays_wanted_and_hides_nothing() -> None:
+    many = 3 * BLOCKED_MAX
+    blob = _blob(0)
+    others = Others((blob, many), origin=False)
+    scheduler = among(others)
+    for chunk in range(many + 1):
+        scheduler.demand(blob, chunk, 0)
+    found = [scheduler.next(0.0) for _ in range(5)]
+    (want,) = [want for want in found if want is not None]
+    assert want.chunk == many
+    scheduler.finished(want)
+    others.given = {(blob, chunk) for chunk in range(many)}
+    came = set()
+    while (taken := scheduler.next(0.0)) is not None:
+        came.add(taken.chunk)
+        scheduler.finished(taken)
+    assert came == set(range(many))
+
+
+def test_blobs_that_nobody_has_time_for_hide_none_and_a_look_has_a_bound() -> None:
+    many = 5 * BLOCKED_BLOBS_MAX
+    others = Others((_blob(many), 0), origin=False)
+    scheduler = among(others)
+    for number in range(many + 1):
+        scheduler.demand(_blob(number), 0, 0)
+        scheduler.look_ahead(_blob(number), "reader", [(chunk, 0) for chunk in range(1, 90)])
+        scheduler.want_rest(_blob(number), 95)
+    found = []
+    for _ in range(8):
+        others.asked = 0
+        found.append(scheduler.next(0.0))
+        assert others.asked <= BLOCKED_BLOBS_MAX * (2 * BLOCKED_MAX + 2)
+    (want,) = [want for want in found if want is not None]
+    assert want.blob == _blob(many)
+
+
+def test_a_chunk_that_went_to_another_node_and_failed_is_wanted_as_before() -> None:
+    blob = _blob(0)
+    scheduler = among(Others((blob, 3)))
+    scheduler.want_rest(blob, 3)
+    want = scheduler.next(0.0)
+    assert want is not None
+    scheduler.beside(want)
+    scheduler.demand(blob, 3, 7)
+    scheduler.again(want, 1.0)
+    assert scheduler.next(0.5) is None
+    again = scheduler.next(1.0)
+    assert again is not None
+    assert (again.chunk, again.priority) == (3, Priority.DEMAND)
+    scheduler.finished(again)
+    assert not scheduler._beside

@@ -85,6 +85,20 @@ def shelve(
 
 
 @dataclass
+class FakeMembers:
+    """The membership, as the server knows it. `heard_of` are the nodes that asked, and from where."""
+
+    nodes: set[str]
+    heard_of: list[tuple[str, str]] = field(default_factory=list)
+
+    def is_member(self, node: str) -> bool:
+        return node in self.nodes
+
+    def heard(self, node: str, host: str) -> None:
+        self.heard_of.append((node, host))
+
+
+@dataclass
 class FakeDaemon:
     """Gets what the peer process tells. `answers` are by what is asked; a question without one stays open."""
 
@@ -160,7 +174,9 @@ class Asker:
 
     async def connect(self, limit: int = 2**16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self.tls is not None:
-            return await asyncio.open_connection("127.0.0.1", self.port, ssl=self.tls, server_hostname="localhost")
+            return await asyncio.open_connection(
+                "127.0.0.1", self.port, ssl=self.tls, server_hostname="localhost", limit=limit
+            )
         return await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
 
     def head(
@@ -256,7 +272,7 @@ class Node:
     daemon: FakeDaemon
     cache: Path
     port: int
-    members: set[str]
+    members: FakeMembers
 
     def asker(self, node: str = ASKER, keys: tuple[bytes, ...] = (KEY,)) -> Asker:
         return Asker(self.port, node, keys)
@@ -269,10 +285,10 @@ SETTINGS = Settings(0, node=ME, cache_dir="", host="127.0.0.1", port=0, peers="s
 async def serving(
     cache: Path, settings: Settings = SETTINGS, limits: Limits | None = None, *, listening: bool = True
 ) -> AsyncIterator[Node]:
-    daemon, members = FakeDaemon(), {ASKER, OTHER}
+    daemon, members = FakeDaemon(), FakeMembers({ASKER, OTHER})
     daemon.questions = Questions(daemon.tell, limits or Limits())
     settings = msgspec.structs.replace(settings, cache_dir=str(cache))
-    server = Server(settings, daemon.questions, daemon.tell, members.__contains__, limits or Limits())
+    server = Server(settings, daemon.questions, daemon.tell, members, limits or Limits())
     running = asyncio.create_task(server.run())
     node = Node(server, daemon, cache, 0, members)
     try:

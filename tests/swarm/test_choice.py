@@ -19,8 +19,10 @@ from manta.swarm.choice import (
     NOT_NOW,
     ORIGIN,
     PER_MEMBER,
+    RECOVERY_SECONDS,
     SETTLE_SECONDS,
     UNABLE_SECONDS,
+    WITHHELD_SECONDS,
     Choice,
     Peer,
 )
@@ -130,13 +132,45 @@ def test_where_the_origin_is_out_of_reach_every_member_may_reach_it_and_at_last_
         choice, chunk = with_members(), ranked_as(*first)
         settled(choice)
         asked = set()
-        while isinstance(chosen := choice.choose(BLOB, chunk, 0.0, origin=False), Peer):
+        while isinstance(chosen := choice.choose(BLOB, chunk, 0.0, urgent=True, origin=False), Peer):
             assert chosen.pull
             asked.add(chosen.node)
             choice.begin(chosen.node)
             choice.unable(chosen.node, BLOB, chunk, 0.0)
         assert chosen is ORIGIN
         assert asked == set(NODES)
+
+
+def test_with_the_origin_away_members_are_not_asked_for_everything_again_and_again() -> None:
+    """What nobody has, of a large blob, in the background: a few questions a minute, not one for each chunk."""
+    choice, now, asked = with_members(), 0.0, 0
+    settled(choice)
+    while now < 60:
+        for chunk in range(200):
+            if isinstance(chosen := choice.choose(BLOB, chunk, now, origin=False), Peer):
+                asked += 1
+                choice.begin(chosen.node)
+                choice.unable(chosen.node, BLOB, chunk, now)
+        now += 0.5
+    assert asked < 30
+    assert isinstance(choice.choose(BLOB, 300, now, origin=False, urgent=True), Peer)  # a reader still hears
+    assert isinstance(choice.choose(BLOB, 301, now + 60, origin=False), Peer)
+
+
+def test_where_the_origin_is_away_a_holder_that_failed_once_is_waited_for() -> None:
+    choice, now = with_members(), 0.0
+    settled(choice)
+    choice.presence("a", BLOB, bits(0))
+    for _ in range(3):
+        choice.begin("a")
+        choice.failed("a", now)
+        assert choice.choose(BLOB, 0, now, origin=False, urgent=True) is NOT_NOW
+        while choice.choose(BLOB, 0, now, origin=False, urgent=True) is NOT_NOW:
+            now += 0.5
+        assert choice.choose(BLOB, 0, now, origin=False, urgent=True) == Peer("a", pull=False)
+    choice.begin("a")
+    choice.failed("a", now)
+    assert choice.choose(BLOB, 0, now, origin=False, urgent=True) is not NOT_NOW
 
 
 def test_who_would_be_done_first_is_asked() -> None:
@@ -207,6 +241,18 @@ def test_a_reader_does_not_wait_for_ever_for_members_that_have_it_and_no_time() 
     choice.begin("a")
     choice.busy("a", BLOB, chunk, [], now + 100)
     assert choice.choose(BLOB, chunk, now + 100, urgent=True) is NOT_NOW  # another reader's wait begins anew
+
+
+def test_who_withholds_a_blob_is_asked_for_others() -> None:
+    choice = with_members("a")
+    settled(choice)
+    choice.presence("a", BLOB, b"\xff\xff")
+    choice.begin("a")
+    choice.withholds("a", BLOB, 0, 0.0)
+    assert choice.usable("a", 0.0)
+    assert all(choice.choose(BLOB, chunk, 0.0) is ORIGIN for chunk in range(16))
+    assert choice.choose(BLOB, 1, WITHHELD_SECONDS) == Peer("a", pull=False)
+    assert choice.in_flight == 0
 
 
 def test_what_is_kept_is_bounded() -> None:
@@ -288,17 +334,35 @@ def test_a_lie_in_a_bitmap_is_corrected() -> None:
 
 
 def test_silent_and_suspect_members_are_not_asked_and_count_for_nothing() -> None:
-    choice, chunk = with_members("a"), owned(["a"], ME, BLOB, range(2))[0]
+    choice = with_members("a")
     settled(choice)
-    choice.presence("a", BLOB, bits(chunk))
+    choice.presence("a", BLOB, bits(0))
     for mark in (choice.set_silent, choice.set_suspect):
-        assert choice.held(BLOB, chunk, 0.0)
+        assert choice.held(BLOB, 0, 0.0)
         assert choice.anybody_has(BLOB, 0.0)
         assert choice.anybody(0.0)
         mark(["a"])
-        assert choice.choose(BLOB, chunk, 0.0) is ORIGIN
-        assert not (choice.held(BLOB, chunk, 0.0) or choice.anybody_has(BLOB, 0.0) or choice.anybody(0.0))
+        assert choice.choose(BLOB, 0, 0.0, urgent=True) is ORIGIN
+        assert choice.choose(BLOB, 0, 0.0) is NOT_NOW  # it may be back soon
+        assert choice.choose(BLOB, 0, 0.0, origin=False) is NOT_NOW
+        assert not choice.held(BLOB, 0, 0.0)
+        assert not choice.anybody_has(BLOB, 0.0)
+        assert not choice.anybody(0.0)
         mark([])
+
+
+def test_what_nobody_waits_for_waits_for_its_owner_a_moment_and_no_longer() -> None:
+    choice = with_members("a")
+    settled(choice)
+    chunk = next(c for c in range(64) if choice.choose(BLOB, c, 0.0) == Peer("a", pull=True))
+    choice.set_suspect(["a"])
+    assert choice.choose(BLOB, chunk, 0.0) is NOT_NOW
+    assert choice.choose(BLOB, chunk, RECOVERY_SECONDS - 0.1) is NOT_NOW
+    assert choice.choose(BLOB, chunk, 0.0, urgent=True) is ORIGIN
+    for second in range(int(RECOVERY_SECONDS), 20):
+        assert choice.choose(BLOB, chunk, float(second)) is ORIGIN
+    choice.set_suspect([])
+    assert choice.choose(BLOB, chunk, 20.0) == Peer("a", pull=True)
 
 
 def test_owners_change_only_with_the_members() -> None:
@@ -332,7 +396,7 @@ def test_what_is_in_flight_balances_whatever_happens(seed: int) -> None:
             choice.presence(rng.choice(NODES), blob, rng.randbytes(3))
         elif under_way:
             node, chunk = under_way.pop(rng.randrange(len(under_way)))
-            match rng.randrange(7):
+            match rng.randrange(8):
                 case 0:
                     choice.got(node, blob, chunk, 1_000_000, 0.1)
                 case 1:
@@ -348,9 +412,23 @@ def test_what_is_in_flight_balances_whatever_happens(seed: int) -> None:
                     choice.failed(node, now)
                 case 6:
                     choice.end(node)
+                case 7:
+                    choice.withholds(node, blob, chunk, now)
         assert choice.in_flight == len(under_way)
         for node, member in (choice._members | choice._gone).items():
             assert member.in_flight == sum(1 for asked, _ in under_way if asked == node)
+
+
+def test_the_owner_of_what_nobody_waits_for_gets_a_moment_to_recover() -> None:
+    choice, chunk = with_members(), ranked_as("a", "b")
+    settled(choice)
+    choice.set_suspect(["a"])
+    assert choice.choose(BLOB, chunk, 0.0, urgent=True) == Peer("b", pull=True)
+    now = 0.0
+    while now < RECOVERY_SECONDS:
+        assert choice.choose(BLOB, chunk, now) is NOT_NOW
+        now += 0.5
+    assert choice.choose(BLOB, chunk, now) == Peer("b", pull=True)
 
 
 def test_what_is_fetched_on_our_behalf_keeps_nothing_from_coming_that_is_there() -> None:

@@ -1,14 +1,83 @@
-"""Who owns a chunk: one for all who ask, evenly among few, and little moves when a member comes or goes."""
+"""Ownership: the same everywhere, fair, and disturbed by a change of the members no more than it must."""
 
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from manta.swarm.ownership import EVEN_MEMBERS_MAX, chunk_key, owned, owners, ranking
+from manta.swarm.ownership import EVEN_MEMBERS_MAX, chunk_key, owned, owner, owners, ranking, score
 
-BLOB = "sha256-" + "0" * 64
+NODES = [f"{n:016x}" for n in range(8)]
+BLOB = "sha256-" + "ab" * 32
+CHUNKS = range(4000)
+
+node_sets = st.lists(st.from_regex(r"[0-9a-f]{16}", fullmatch=True), min_size=1, max_size=12, unique=True)
+
+
+def by_rank(nodes: list[str]) -> dict[int, str | None]:
+    return {chunk: owner(nodes, chunk_key(BLOB, chunk)) for chunk in CHUNKS}
+
+
+def test_a_score_is_the_same_on_every_machine_and_in_every_version() -> None:
+    assert score("0123456789abcdef", f"{BLOB}/7") == 0xADEB702D34258D1
+
+
+@given(node_sets, st.randoms())
+def test_the_order_in_which_members_are_known_does_not_count(nodes: list[str], random: Random) -> None:
+    mixed = nodes.copy()
+    random.shuffle(mixed)
+    key = chunk_key(BLOB, 3)
+    assert ranking(mixed, key) == ranking(nodes, key)
+    assert owner(mixed, key) == ranking(nodes, key)[0]
+    assert ranking(nodes, key, 2) == ranking(nodes, key)[:2]
+
+
+def test_nobody_owns_nothing() -> None:
+    assert owner([], "key") is None
+    assert ranking([], "key") == []
+
+
+def test_everybody_owns_about_as_much() -> None:
+    shares = Counter(by_rank(NODES).values())
+    assert len(shares) == len(NODES)
+    assert max(shares.values()) < 1.2 * len(CHUNKS) / len(NODES)
+    assert min(shares.values()) > 0.8 * len(CHUNKS) / len(NODES)
+
+
+def test_who_leaves_takes_only_what_it_owned() -> None:
+    before, after = by_rank(NODES), by_rank(NODES[1:])
+    assert all(after[chunk] == before[chunk] for chunk in CHUNKS if before[chunk] != NODES[0])
+    # Its part goes to all others, not to one.
+    heirs = Counter(after[chunk] for chunk in CHUNKS if before[chunk] == NODES[0])
+    assert len(heirs) == len(NODES) - 1
+    assert max(heirs.values()) < 2 * heirs.total() / len(heirs)
+
+
+def test_where_one_comes_the_owner_before_is_second() -> None:
+    before, after = by_rank(NODES[1:]), by_rank(NODES)
+    for chunk in CHUNKS:
+        if after[chunk] == NODES[0]:
+            assert ranking(NODES, chunk_key(BLOB, chunk), 2)[1] == before[chunk]
+        else:
+            assert after[chunk] == before[chunk]
+
+
+@given(node_sets, st.booleans())
+def test_what_is_owned_is_what_the_owner_says(nodes: list[str], left_out: bool) -> None:
+    me = nodes[0]
+    chunks = range(50)
+    others = nodes[1:] if left_out else nodes
+    assert owned(others, me, BLOB, chunks) == [c for c in chunks if owners(nodes, BLOB, c)[c][0] == me]
+
+
+def test_all_is_owned_by_somebody_and_once() -> None:
+    parts = [set(owned(NODES, node, BLOB, CHUNKS)) for node in NODES]
+    assert sum(len(part) for part in parts) == len(CHUNKS)
+    assert set().union(*parts) == set(CHUNKS)
 
 
 def nodes(count: int) -> list[str]:

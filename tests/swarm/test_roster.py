@@ -341,3 +341,21 @@ def test_few_members_are_greeted_every_five_seconds() -> None:
 
 def _node(roster: Roster, address: str) -> str:
     return next(node for node, at in roster.up().items() if at == address)
+
+
+def test_a_node_that_asks_us_is_greeted_at_its_host_before_its_pause_is_over() -> None:
+    roster = Roster(ME)
+    roster.found(frozenset({ONE, TWO}), 0.0)
+    now = 0.0
+    for _ in range(8):  # long pauses by now
+        for address in roster.greet(now):
+            roster.failed(address, "It takes no connection.", now)
+        now += 40.0
+    for address in roster.greet(now):
+        roster.failed(address, "It takes no connection.", now)
+    assert roster.greet(now + 0.1) == []
+    roster.heard(A, ONE.rpartition(":")[0], now + 0.2)
+    assert roster.greet(now + 0.2) == [ONE]
+    roster.welcomed(ONE, A, "1.0", 0.002, now + 0.3)
+    roster.heard(A, ONE.rpartition(":")[0], now + 0.4)
+    assert roster.greet(now + 0.4) == []

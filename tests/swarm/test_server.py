@@ -16,6 +16,7 @@ import trustme
 from manta.model.extents import CHUNK_SIZE
 from manta.model.ids import BlobAlgorithm, BlobId
 from manta.swarm.auth import sign_page
+from manta.swarm.document import DOCUMENT
 from manta.swarm.limits import Limits
 from manta.swarm.protocol import (
     BODY_BYTES_MAX,
@@ -28,7 +29,7 @@ from manta.swarm.protocol import (
     decode,
     encode,
 )
-from manta.wire.peering import Listening, Reply, Trouble, Uploaded
+from manta.wire.peering import Listening, Reply, Settings, Trouble, Uploaded
 from tests.swarm.node import (
     ASKER,
     KEY,
@@ -110,13 +111,13 @@ def test_bitmaps_say_what_is_here(tmp_path: Path) -> None:
         whole, half = shelve(tmp_path, LARGE), shelve(tmp_path, LARGE[1:], [1])
         old = shelve(tmp_path, LARGE[2:], boot_id=b"another life....")
         async with serving(tmp_path) as node:
-            node.server.set_pauses({"https://hub": 30.0, "https://done": -1.0})
+            node.server.set_origins({"https://hub": 30.0, "https://done": -1.0}, 5e6)
             sizes = [(whole, 0), (half, 1), (old, 2), (NOBODY, 5)]
             asked = HaveRequest(blobs=[(str(blob), len(LARGE) - less) for blob, less in sizes] + [(str(whole), 77)])
             got = await node.asker().ask("POST", "/v1/have", encode(asked))
             have = decode(got.body, Have)
             assert have.blobs == {str(whole): b"\x03", str(half): b"\x02"}
-            assert (have.node, have.slots, have.busy) == (ME, 8, 0)
+            assert (have.node, have.slots, have.busy, have.origin_rate) == (ME, 8, 0, 5e6)
             assert have.pauses.keys() == {"https://hub"}
             assert 29 < have.pauses["https://hub"] <= 30
 
@@ -440,23 +441,22 @@ def test_blobs_of_private_repos_are_withheld_where_that_is_wanted(tmp_path: Path
     run(test())
 
 
+def with_tls(folder: Path) -> tuple[Settings, ssl.SSLContext]:
+    """Settings with a certificate of localhost, and what trusts it."""
+    authority, trusting = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(trusting)
+    certificate = authority.issue_cert("localhost")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
+    files = {"tls_certificate": str(folder / "certificate.pem"), "tls_key": str(folder / "key.pem")}
+    return msgspec.structs.replace(SETTINGS, **files), trusting
+
+
 def test_over_tls(tmp_path: Path) -> None:
-    authority = trustme.CA()
-
-    def issue() -> None:
-        certificate = authority.issue_cert("localhost")
-        certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
-        certificate.cert_chain_pems[0].write_to_path(tmp_path / "certificate.pem")
-
     async def test() -> None:
-        issue()
         blob = shelve(tmp_path, LARGE)
-        settings = msgspec.structs.replace(
-            SETTINGS, tls_certificate=str(tmp_path / "certificate.pem"), tls_key=str(tmp_path / "key.pem")
-        )
+        settings, trusting = with_tls(tmp_path)
         async with serving(tmp_path, settings) as node:
-            trusting = ssl.create_default_context()
-            authority.configure_trust(trusting)
             asker = Asker(node.port, tls=trusting)
             assert (await asker.chunk(blob, len(LARGE), 0)).body == LARGE[:CHUNK_SIZE]
             assert (await asker.chunk(blob, len(LARGE), 1, range_="bytes=1-5")).body == LARGE[CHUNK_SIZE:][1:6]
@@ -530,11 +530,13 @@ def test_who_finds_no_slot_hears_who_has_the_chunk(tmp_path: Path) -> None:
     run(test())
 
 
-def test_a_reader_that_is_too_slow_is_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_reader_that_is_too_slow_is_cut_off(tmp_path: Path, tls: bool) -> None:
     async def test() -> None:
         blob = shelve(tmp_path, LARGE)
-        async with serving(tmp_path, limits=Limits(slow_window_s=0.2)) as node:
-            asker = node.asker()
+        settings, trusting = with_tls(tmp_path) if tls else (SETTINGS, None)
+        async with serving(tmp_path, settings, Limits(slow_window_s=0.2)) as node:
+            asker = Asker(node.port, tls=trusting)
             reader, writer = await asker.connect(limit=1000)
             sock = writer.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -547,7 +549,7 @@ def test_a_reader_that_is_too_slow_is_cut_off(tmp_path: Path) -> None:
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                 await reader.readexactly(CHUNK_SIZE)
             await hang_up(writer)
-            assert (await node.asker().chunk(blob, len(LARGE), 0)).status == 200
+            assert (await asker.chunk(blob, len(LARGE), 0)).status == 200
 
     run(test())
 
@@ -708,16 +710,11 @@ async def look(
         await hang_up(writer)
 
 
-def test_the_page_is_for_this_machine_and_for_who_has_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "page.html"
-    monkeypatch.setattr("manta.swarm.page._FILE", file)
-
+def test_the_page_is_for_this_machine_and_for_who_has_a_link(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(tmp_path) as node:
             node.daemon.answers["page"] = lambda asked: Reply(asked.order, 200, b'["%s"]' % asked.body)
-            assert (await look(node.port, "/"))[0] == 404
-            file.write_bytes(b"<!doctype html>")
-            assert await look(node.port, "/") == (200, b"<!doctype html>")
+            assert await look(node.port, "/") == (200, DOCUMENT)
             assert await look(node.port, "/page.json?a=b%20c") == (200, b'["/page.json?a=b+c"]')
             assert (await look(node.port, "/page.json", host=f"localhost:{node.port}"))[0] == 200
             assert (await look(node.port, "/page.jso"))[0] == 404

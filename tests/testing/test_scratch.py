@@ -33,6 +33,14 @@ def test_the_folder_and_its_files_go(tmp_path: Path) -> None:
     assert scratch.MARKER not in os.environ
 
 
+def test_one_within_another_leaves_the_outer_one_as_it_was(tmp_path: Path) -> None:
+    with scratch.scratch(tmp_path) as outer:
+        with scratch.scratch(tmp_path) as inner:
+            assert os.environ[scratch.MARKER] == str(inner)
+        assert os.environ[scratch.MARKER] == str(outer)
+        assert list(tmp_path.iterdir()) == [outer]
+
+
 def test_an_exception_removes_it_too(tmp_path: Path) -> None:
     def fail() -> None:
         with scratch.scratch(tmp_path):

@@ -350,7 +350,9 @@ def test_a_node_that_does_not_listen_is_told_of(start: Callable[..., Worker], ca
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     worker = start()
-    order = Pull(5, f"127.0.0.1:{port}", "b" * 16, "a" * 16, "sha256-" + "0" * 64, SIZE, 0, 0, SIZE, [(0, SIZE)], 5.0, 5.0)
+    order = Pull(
+        5, f"127.0.0.1:{port}", "b" * 16, "a" * 16, "sha256-" + "0" * 64, SIZE, 0, 0, SIZE, [(0, SIZE)], 5.0, 5.0
+    )
     worker.send(order, cache_fd)
     answer = worker.answer()
     assert isinstance(answer, Failed)
