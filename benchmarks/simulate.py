@@ -1,11 +1,11 @@
 """The `simulate` benchmark, here and only here; run by `benchmarks.__main__`.
 
-The swarm's own policy in discrete time (benchmarks/simulation): cold nodes that read the same model at once, as many as there may be, behind
-links that this machine does not have. For each number of nodes: copies that the origin sent, and the time of the median, the 99th percentile
-and the slowest node, beside the bound that no way of sharing can beat and beside the swarm turned off.
+The swarm's own policy in discrete time (benchmarks/simulation): cold nodes that read the same model at once, as many as there may be,
+behind links that this machine does not have. For each number of nodes: copies that the origin sent, and the time of the median, the 99th
+percentile and the slowest node, beside the bound that no way of sharing can beat and beside the swarm turned off.
 
---compare FILE reads what `python -m benchmarks cluster --json FILE` measured, simulates the same links, model and numbers of nodes, and puts
-what was predicted beside it. Nothing is fitted to the measurement.
+--compare FILE reads what `python -m benchmarks cluster --json FILE` measured, simulates the same model and numbers of nodes, and puts what
+was predicted beside it. Nothing is fitted to the measurement.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=rig.count, default=SHARDS, help=f"files of the model (default: {SHARDS})")
     parser.add_argument(
         "--link",
+        "--rate",
+        dest="rate",
         type=rig.link_rate,
         default=LINK_RATE,
         help=f"bits per second of a usual node's link (default: {LINK_RATE:g})",

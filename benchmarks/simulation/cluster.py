@@ -11,7 +11,8 @@ import numpy as np
 from benchmarks.report import quantile
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.links import Links
-from benchmarks.simulation.node import Node, Order, Policy
+from benchmarks.simulation.node import Node
+from benchmarks.simulation.order import Order, Policy
 from benchmarks.simulation.origin import Origin
 from benchmarks.simulation.roster import Roster
 from benchmarks.simulation.weather import Crash, Weather
@@ -26,8 +27,8 @@ EXACT_NODES_MAX = 100
 STEP_SHARE = 0.1
 
 LOOK_SECONDS = 0.05
-"""With more than EXACT_NODES_MAX a node looks what to order no more often than this, where the daemon does at every change: a third of a chunk's
-time on a full link, and the daemon's own pause where members had no time."""
+"""With more than EXACT_NODES_MAX a node looks what to order no more often than this, where the daemon does at every change: less than a
+chunk takes alone at 1 Gbit/s, and the daemon's own pause where members had no time."""
 
 NODES_NAMED = 0x6D616E7461
 
@@ -67,7 +68,7 @@ class Outcome:
 
 
 class Cluster:
-    """A model of `size` bytes in `shards` files, which every node of `weather` reads from the first byte to the last. See `node.Swarm`."""
+    """A model of `size` bytes in `shards` files, which every node of `weather` reads from the first byte to the last. See `order.Swarm`."""
 
     def __init__(
         self, weather: Weather, size: int, policy: Policy | None = None, *, shards: int = 1, seed: int = 0
@@ -127,7 +128,7 @@ class Cluster:
             if order.giver is not None and self.apart(order.taker.place, order.giver.place):
                 order.taker.unanswered(order)
 
-    # node.Swarm ------------------------------------------------------------------------------------------------------
+    # order.Swarm -----------------------------------------------------------------------------------------------------
 
     def size_of(self, want: Want) -> int:
         return min(CHUNK_SIZE, self._shard_bytes - want.chunk * CHUNK_SIZE)

@@ -1,7 +1,7 @@
 """Bytes on their way: flows that share the links of their two ends, here and only here.
 
-A flow crosses its source's uplink and its target's downlink, and nothing between them is a bottleneck, as behind a switch. Rates are max-min
-fair: no flow can have more without another, that has no more than it, having less. That is what TCP's flows of one
+A flow crosses its source's uplink and its target's downlink, and nothing between them is a bottleneck, as behind a switch. Rates are
+max-min fair: no flow can have more without another, that has no more than it, having less. That is what TCP's flows of one
 round trip time come to, roughly; slow start, losses and queues are not here.
 
 All rates are worked out anew whenever a flow begins or ends, at most once in `step` seconds. With step 0 that is exact; with thousands of

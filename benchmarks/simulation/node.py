@@ -1,22 +1,17 @@
 """One node of the simulation: reader, scheduler, gate and choice, put together as the daemon does. Here and only here.
 
-The decisions are Manta's own code. What stands here is the rest: how long an answer takes, what a lost one looks like, when is looked again.
+The decisions are Manta's own code. What stands here is the rest: how long an answer takes, what a lost one looks like, when it looks again.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
 
-from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.holdings import Holdings
-from benchmarks.simulation.links import Links
-from benchmarks.simulation.origin import Origin
-from benchmarks.simulation.roster import Roster, SharedChoice
+from benchmarks.simulation.members import Members
+from benchmarks.simulation.order import Counts, Order, Swarm
+from benchmarks.simulation.roster import SharedChoice
 from benchmarks.simulation.uploads import Uploads
-from benchmarks.simulation.weather import Weather
 from manta.fetch.fetcher import LOOK_SECONDS
 from manta.fetch.gate import SwarmGate
 from manta.fetch.pacing import Pacer
@@ -24,118 +19,15 @@ from manta.fetch.peer_flight import PATIENCE_SECONDS, SILENT_SECONDS, STALL_SECO
 from manta.fetch.peer_orders import BLOCKED_SECONDS, BLOCKED_SECONDS_MAX
 from manta.fetch.readahead import Readahead
 from manta.fetch.scheduler import Priority, Scheduler, Want
-from manta.fetch.stragglers import Course, Stragglers
+from manta.fetch.stragglers import Stragglers
 from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
 from manta.model.ids import BlobId
 from manta.swarm.choice import FromOrigin, Peer
 from manta.swarm.protocol import HOLD_SECONDS
 from manta.telemetry.meter import Meter
 
-POLL_SECONDS = 1.0
-POLLED_MAX = 16
-"""Members that are asked what they have, each time."""
-
-SUSPECT_SECONDS = 1.0
-"""A member that does not answer for so long is suspect: not asked, but it keeps what it owns."""
-
-MISSES = 3
-"""In a row, and it is no member any more, until it answers."""
-
-PROBE_SECONDS_MAX = 30.0
-"""How seldom a lost member is asked again in the end; after SUSPECT_SECONDS at first, then half as often each time."""
-
 DARK_SECONDS = 1.0
 """How long it takes to find that the origin cannot be reached, and how long it is not asked again then."""
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What of the policy is a setting."""
-
-    swarm: bool = True
-    """Off: every node gets everything from the origin."""
-    slots: int = 8
-    downloads: int = 8
-    connections: int = 16
-    """To the origin, at most."""
-    fill: bool = True
-
-
-class Swarm(Protocol):
-    """What a node sees of everything else."""
-
-    clock: Clock
-    links: Links
-    origin: Origin
-    weather: Weather
-    policy: Policy
-    roster: Roster
-    nodes: list[Node]
-    files: dict[BlobId, int]
-    """The model's files in the order in which they are read, and how many chunks each has."""
-    look_s: float
-    """The least time between two looks of a node at what to order."""
-
-    def size_of(self, want: Want) -> int: ...
-
-    def apart(self, one: int, other: int) -> bool:
-        """Whether a partition lies between them."""
-        ...
-
-    def carry(
-        self, source: int, target: int, size: float, cap: float, done: Callable[[Order], None], order: Order
-    ) -> int:
-        """Bytes flow, then `done` is called; returns the flow's number. `source` is len(nodes) for the origin."""
-        ...
-
-    def drop(self, flow: int) -> float:
-        """The flow ends. Returns the bytes that did not come."""
-        ...
-
-    def completed(self, node: Node) -> None: ...
-
-
-@dataclass(eq=False, slots=True)
-class Order:
-    """One chunk under way to `taker`, from `giver`, or from the origin where that is None."""
-
-    want: Want
-    taker: Node
-    giver: Node | None
-    pull: bool
-    began: float
-    flow: int | None = None
-    first: float = 0.0
-    """When its bytes began to flow."""
-    course: Course = field(init=False)
-    over: bool = False
-
-    def __post_init__(self) -> None:
-        self.course = Course(self.began, self.taker.swarm.size_of(self.want))
-
-
-@dataclass(slots=True)
-class Counts:
-    """What a node did, in all its lives. Bytes and numbers."""
-
-    from_origin: float = 0.0
-    from_peers: float = 0.0
-    to_peers: float = 0.0
-    wasted: float = 0.0
-    """Bytes of transfers that broke off."""
-    asked: int = 0
-    """Requests to members."""
-    busy: int = 0
-    """Their answers that there is no slot; that they do not have it; that they are fetching it; and none."""
-    lacked: int = 0
-    held: int = 0
-    failed: int = 0
-    looks: int = 0
-    slots_most: int = 0
-    """Slots that were in use at a time."""
-    crashes: int = 0
-    began_at: float = 0.0
-    done_at: float | None = None
 
 
 class Node:
@@ -156,13 +48,13 @@ class Node:
         self.choice = SharedChoice(self.name, policy.downloads, swarm.roster)
         self.gate = SwarmGate(self.choice, self, lambda: swarm.clock.now)
         self.pacer = pacer = Pacer(policy.connections)
+        self.members = Members(self, self._chance)
         if policy.swarm:
-            pacer.share(1 + self.choice.others)
-        self._elsewhere: dict[str, float] = {}  # what comes from the origin to others, bytes per second
+            self.members.share()
         gate = self.gate if policy.swarm else None
         self.scheduler = Scheduler(lambda: pacer.connections, self.cache.next_missing, gate=gate)
         self._to_read = list(swarm.files)
-        self._opened: dict[BlobId, None] = {}
+        self.opened: dict[BlobId, None] = {}
         """Files of which anything is wanted, by readers here or members."""
         self._stragglers = Stragglers()
         self.origin_meter = Meter()
@@ -170,17 +62,15 @@ class Node:
         self._at = 0  # the chunk of the first file of `_to_read` that the reader waits for
         self._orders: dict[Order, None] = {}  # in their order: a set's is another in each run
         self._from_origin = 0  # of them
-        self._pausing_until = float("-inf")
+        self.pausing_until = float("-inf")
         self._mute: dict[str, int] = {}  # members that say nothing, and how many orders they have
         self._look_at, self._looked_at = float("inf"), float("-inf")
-        self._polling = False
-        self._missing: set[str] = set()  # members that did not answer the last time
         self._pause_s = BLOCKED_SECONDS
 
     # gate.Origin: what the fetcher knows of the way to the origin, and of the cache ------------------------------------
 
     def reachable(self, _blob: BlobId, now: float) -> bool:
-        return now >= self._pausing_until
+        return now >= self.pausing_until
 
     def ready(self, _blob: BlobId) -> bool:
         return True
@@ -206,7 +96,7 @@ class Node:
             self.counts.began_at = self.swarm.clock.now
         self._read_on()
         self._watch(self.pacer)
-        self._stir()
+        self.stir()
 
     def crash(self, *, keeps_cache: bool, silently: bool) -> None:
         """It ends at once, and knows nothing when it starts again."""
@@ -226,14 +116,10 @@ class Node:
 
     def _open(self, blob: BlobId) -> None:
         """Something of `blob` is wanted: who has what of it is of interest."""
-        if blob not in self._opened and not self.cache.complete(blob):
-            self._opened[blob] = None
+        if blob not in self.opened and not self.cache.complete(blob):
+            self.opened[blob] = None
             if self.swarm.policy.swarm:
-                self.choice.follow(map(str, self._opened), self.swarm.clock.now)
-                self._ask_members()
-                if not self._polling:
-                    self._polling = True
-                    self.swarm.clock.after(POLL_SECONDS, self._poll, self.choice)
+                self.members.follow()
 
     def _read_on(self) -> None:
         """The reader takes what is there, file after file and each in order, and waits for the next chunk."""
@@ -277,77 +163,15 @@ class Node:
             self.scheduler.demand(want.blob, want.chunk, want.chunk * CHUNK_SIZE)
         else:
             self.scheduler.want_rest(want.blob, want.chunk)
-        self._stir()
+        self.stir()
 
     def fetches_for_nobody(self, key: tuple[BlobId, int]) -> None:
         """No member waits for the chunk any more."""
         self.gate.behalf.pop(key, None)
 
-    # Who is there ----------------------------------------------------------------------------------------------------
-
-    def _poll(self, choice: SharedChoice) -> None:
-        """Once a second, as long as anything is wanted. `choice` tells whether it is still the same process."""
-        if choice is not self.choice:
-            return
-        for blob in [blob for blob in self._opened if self.cache.complete(blob)]:
-            del self._opened[blob]
-        choice.follow(map(str, self._opened), self.swarm.clock.now)
-        self._polling = bool(self._opened)
-        if self._polling:
-            self._ask_members()
-            self._stir()
-            self.swarm.clock.after(POLL_SECONDS, self._poll, choice)
-
-    def _ask_members(self) -> None:
-        """Asks members what they have."""
-        swarm, choice = self.swarm, self.choice
-        others = len(swarm.nodes) - 1
-        places = range(others) if others <= POLLED_MAX else self._chance.sample(range(others), POLLED_MAX)
-        for place in places:
-            other = swarm.nodes[place + (place >= self.place)]
-            if other.name in choice.hidden or other.name in self._missing:
-                continue
-            if not self._reaches(other):
-                self._missing.add(other.name)
-                silent = other.silent or swarm.apart(self.place, other.place)
-                swarm.clock.after(SUSPECT_SECONDS if silent else 0.0, self._miss, other, choice, 1)
-                continue
-            for blob in self._opened:
-                choice.presence(other.name, str(blob), other.cache.bitmap(blob))
-            self._pausing_until = max(self._pausing_until, other._pausing_until)
-            self._elsewhere[other.name] = other.origin_meter.rate(swarm.clock.now)
-        self.pacer.elsewhere = sum(self._elsewhere.values())
-
-    def _reaches(self, other: Node) -> bool:
-        return other.up and not self.swarm.apart(self.place, other.place)
-
-    def _miss(self, other: Node, choice: SharedChoice, misses: int) -> None:
-        """`other` has not answered `misses` times."""
-        if choice is not self.choice:
-            return
-        if self._reaches(other):
-            self._missing.discard(other.name)
-            choice.suspect(other.name, False)
-            choice.show(other.name)
-            self._share()
-            self._stir()
-            return
-        if misses < MISSES:
-            choice.suspect(other.name, True)
-        else:
-            choice.hide(other.name)
-            self._elsewhere.pop(other.name, None)
-            self._share()
-        if not self.cache.all:
-            pause_s = min(SUSPECT_SECONDS * 2 ** max(0, misses - MISSES), PROBE_SECONDS_MAX)
-            self.swarm.clock.after(pause_s, self._miss, other, choice, misses + 1)
-
-    def _share(self) -> None:
-        self.pacer.share(1 + self.choice.others)
-
     # What to order ---------------------------------------------------------------------------------------------------
 
-    def _stir(self, when: float = 0.0) -> None:
+    def stir(self, when: float = 0.0) -> None:
         """Looks what to order, not before `when`."""
         when = max(when, self.swarm.clock.now, self._looked_at + self.swarm.look_s)
         if when < self._look_at:
@@ -366,12 +190,12 @@ class Node:
             self._send(want)
         blocked, self.gate.blocked = self.gate.blocked, None
         if blocked is not None and blocked < Priority.PREFETCH:
-            self._stir(now + BLOCKED_SECONDS)
+            self.stir(now + BLOCKED_SECONDS)
         elif blocked is not None:
-            self._stir(now + self._pause_s)
+            self.stir(now + self._pause_s)
             self._pause_s = min(2 * self._pause_s, BLOCKED_SECONDS_MAX)
         if (change := self.scheduler.next_change(now)) is not None:
-            self._stir(change)
+            self.stir(change)
 
     def _send(self, want: Want) -> None:
         now = self.swarm.clock.now
@@ -390,8 +214,8 @@ class Node:
                 self._from_origin += 1
                 self._ask_origin(order)
             case FromOrigin():
-                self._unable_for(want, self._pausing_until - now)
-                self.scheduler.again(want, self._pausing_until)
+                self._unable_for(want, self.pausing_until - now)
+                self.scheduler.again(want, self.pausing_until)
             case _:
                 self.scheduler.again(want, now + BLOCKED_SECONDS)
 
@@ -408,7 +232,7 @@ class Node:
             before = pacer.connections
             pacer.look(self._from_origin, now)
             if pacer.connections > before:
-                self._stir()
+                self.stir()
         given = {order.course: order for order in self._orders if order.giver is not None}
         for course, order in given.items():
             if self.reads_now(order.want) and self._stragglers.slow(course, given, now):
@@ -452,12 +276,12 @@ class Node:
         if order.over:
             return
         now = self.swarm.clock.now
-        self._pausing_until = max(self._pausing_until, now + pause_s)
+        self.pausing_until = max(self.pausing_until, now + pause_s)
         self._end(order)
         self._unable_for(order.want, pause_s)
         # Members may have it, or reach the origin: the gate says so.
         self.scheduler.again(order.want)
-        self._stir()
+        self.stir()
 
     def _unable_for(self, want: Want, pause_s: float) -> None:
         self.fetches_for_nobody(want.key)
@@ -479,7 +303,7 @@ class Node:
     def _ask(self, order: Order) -> None:
         assert order.giver is not None
         self.counts.asked += 1
-        if not self._reaches(order.giver):
+        if not self.members.reaches(order.giver):
             self.unanswered(order)
             return
         self.swarm.clock.after(self.swarm.weather.latency_s, order.giver.uploads.ask, order)
@@ -524,7 +348,7 @@ class Node:
         """The member could not get it: the origin wants to be left alone for so long, by us too."""
         if self._comes_to_nothing(order):
             now = self.swarm.clock.now
-            self._pausing_until = max(self._pausing_until, now + pause_s)
+            self.pausing_until = max(self.pausing_until, now + pause_s)
             self.choice.unable(self._giver(order), str(order.want.blob), order.want.chunk, now, pull=order.pull)
 
     def _impatient(self, order: Order) -> None:
@@ -575,7 +399,7 @@ class Node:
             return False
         self._end(order)
         self.scheduler.again(order.want)
-        self._stir()
+        self.stir()
         return True
 
     def _record(self, order: Order) -> None:
@@ -587,7 +411,7 @@ class Node:
         if self._to_read and want.key == (self._to_read[0], self._at):
             self._at += 1  # its window is as it was when the reader began to wait
             self._read_on()
-        self._stir()
+        self.stir()
 
     def _end(self, order: Order) -> None:
         """Nothing more comes of `order`; what came of one that broke off is of no use."""

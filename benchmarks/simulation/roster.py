@@ -58,7 +58,10 @@ class _Members(dict[str, _Member]):
     @overload
     def get(self, node: str, default: T, /) -> _Member | T: ...
     def get(self, node: str, default: object = None, /) -> object:
-        return self[node] if node in self else default
+        try:
+            return self[node]  # not dict.get: that one looks at what is stored, and most is not
+        except KeyError:
+            return default
 
     def __len__(self) -> int:
         return len(self._roster.names) - 1 - len(self.hidden)

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks simulate` runs: one simulation for each number of nodes, or for each run that was measured. Here and only here."""
+"""What `python -m benchmarks simulate` runs: for each number of nodes, or for each run that was measured. Here and only here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.report import GIGABYTE, Curves, Goal, Report, Row, ratio
 from benchmarks.rig import say
 from benchmarks.simulate import CHURN, EQUAL, HETEROGENEOUS
 from benchmarks.simulation.cluster import Cluster, Outcome
-from benchmarks.simulation.node import Policy
+from benchmarks.simulation.order import Policy
 from benchmarks.simulation.weather import PAYLOAD_SHARE, Weather, churning, equal, heterogeneous
 from manta.errors import Invalid
 
@@ -24,7 +24,7 @@ GOAL_NODES_MAX = 10
 
 
 def _weather(options: argparse.Namespace, nodes: int) -> Weather:
-    rate, hub = options.link / 8, (options.origin_link or options.link) / 8
+    rate, hub = options.rate / 8, (options.origin_link or options.rate) / 8
     shape: dict[str, Any] = {"hub": hub, "spread_s": options.spread, "seed": options.seed}
     if options.profile == HETEROGENEOUS:
         return heterogeneous(nodes, rate, **shape)
@@ -56,7 +56,7 @@ def simulate(options: argparse.Namespace) -> Report:
         return [(nodes, value(found)) for nodes, found in on.items()]
 
     report.chart = Curves(
-        f"{options.size / 2**30:.3g} GiB read at once by cold nodes ({options.profile}), simulated: links {options.link / 1e6:g} Mbit/s",
+        f"{options.size / 2**30:.3g} GiB read at once by cold nodes ({options.profile}), simulated: links {options.rate / 1e6:g} Mbit/s",
         "nodes",
         "seconds",
         [

@@ -10,7 +10,8 @@ from manta.swarm.protocol import HOLD_SECONDS
 from manta.swarm.slots import Recipients, Slots
 
 if TYPE_CHECKING:
-    from benchmarks.simulation.node import Node, Order
+    from benchmarks.simulation.node import Node
+    from benchmarks.simulation.order import Order
 
 
 class Uploads:
@@ -90,7 +91,7 @@ class Uploads:
             self._node.fetches_for_nobody(order.want.key)
 
     def arrived(self, key: tuple[BlobId, int]) -> None:
-        """The node has that chunk now: those who wait for it are answered. Each has asked again twice a second, which was to be answered too."""
+        """The node has that chunk now: those who wait for it are answered. Each has asked again twice a second."""
         waiting = self._waiting.pop(key, {})
         now, cost = self._swarm.clock.now, self._swarm.weather.request_s
         for order, since in waiting.items():

@@ -6,11 +6,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from manta.testing import netns
+
 GIGABIT = 125e6
 """Bytes per second."""
 
-PAYLOAD_SHARE = 1448 / 1514
-"""Of what a link carries, the part that is TCP's payload: Ethernet's, IP's and TCP's headers with timestamps are the rest. A tbf counts them."""
+PAYLOAD_SHARE = netns.payload_rate(8)
+"""Of what a link carries, the part that is TCP's payload, where a namespace's link is the measure."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import xxhash
 
 EVEN_MEMBERS_MAX = 64
-"""Up to so many nodes own a blob's chunks evenly. That takes a hash for each pair of node and chunk: 64 nodes and a file of 5 GB are 40,000,
-20 ms. With more nodes than a file has chunks nobody has many anyway."""
+"""Up to so many nodes own a blob's chunks evenly. That takes a hash for each pair of node and chunk: 64 nodes and a file of 5 GB are
+40,000, 20 ms. With more nodes than a file has chunks nobody has many anyway."""
 
 
 def score(node: str, key: str) -> int:

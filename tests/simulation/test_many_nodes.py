@@ -1,4 +1,4 @@
-"""Whole clusters in discrete time, the policy over each of them: everybody finishes, the origin sends about one copy, bounds hold. Seeded."""
+"""Whole clusters in discrete time: everybody finishes, the origin sends about one copy, what must never be is not. Seeded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.simulation.cluster import Cluster, Outcome
-from benchmarks.simulation.node import Node, Order, Policy
+from benchmarks.simulation.node import Node
+from benchmarks.simulation.order import Order, Policy
 from benchmarks.simulation.weather import Crash, Partition, Site, Weather, churning, equal, heterogeneous
 from manta.errors import Unavailable
 

@@ -26,7 +26,7 @@ from manta.swarm.choice import (
     Choice,
     Peer,
 )
-from manta.swarm.ownership import owned, owners
+from manta.swarm.ownership import owners
 
 ME = "me"
 NODES = ["a", "b", "c"]
