@@ -47,6 +47,7 @@ from manta.control.protocol import (
 from manta.control.server import ControlServer
 from manta.errors import Absent, Corrupt, InUse, MantaError, NotRunning, Unavailable
 from manta.fetch.fetcher import Fetcher
+from manta.fetch.scheduler import Priority
 from manta.fetch.sealer import Sealer
 from manta.fetch.sources import Provenance
 from manta.fetch.swarm import Swarm
@@ -184,6 +185,7 @@ class Daemon:
                 self,
                 self._telemetry,
                 fill=config.fetch.fill,
+                onward=self._begin_next_part if config.fetch.fill and self._swarm is not None else None,
                 complete_bytes_max=config.fuse.complete_at_open,
                 journal=journal,
             )
@@ -307,6 +309,23 @@ class Daemon:
         )
         sharing.page = self._peer_view.page_json
         self._nursery.start_soon(swarm.run, self._fetcher, sharing.answer)
+
+    def _begin_next_part(self, provenance: Provenance) -> None:
+        """Begins with the next part of a model that is cut into parts, when the second half of one is being read.
+
+        Nodes that start together take what each owns of a part from the origin and then give it to each other: at a part's end the
+        origin's link would be idle, and at the next one's beginning theirs.
+        """
+        snapshot = next(
+            (s for s in self._mounted_snapshots() if (s.repo, s.commit) == (provenance.repo, provenance.commit)), None
+        )
+        entry = None if snapshot is None else snapshot.next_part(provenance.entry.path)
+        if entry is None or entry.blob is None:
+            return
+        with contextlib.suppress(MantaError):  # whoever opens it is told what is wrong
+            transfer = self._fetcher.open(Provenance(provenance.repo, provenance.commit, entry, provenance.access))
+            transfer.want_whole(Priority.FILL)
+            self._fetcher.close(transfer)
 
     def _mounted_snapshots(self) -> Iterator[Snapshot]:
         for mounted in self._mounts:

@@ -187,7 +187,8 @@ class Totals:
 
 
 class Filesystem:
-    """`fill`: complete in the background what was read from. `telemetry` hears of reads.
+    """`fill`: complete in the background what was read from. `onward` hears of a blob whose second half is being read.
+    `telemetry` hears of reads.
 
     `native`: the session can hand files to the kernel. Then files of up to `complete_bytes_max` are fetched, verified and sealed while they
     are opened, for at most `complete_seconds_max`. `journal` is told what the next daemon must know.
@@ -200,6 +201,7 @@ class Filesystem:
         telemetry: Telemetry,
         *,
         fill: bool = True,
+        onward: Callable[[Provenance], None] | None = None,
         native: bool = False,
         complete_bytes_max: int = 0,
         complete_seconds_max: float = COMPLETE_SECONDS_MAX,
@@ -210,6 +212,7 @@ class Filesystem:
         self._blobs = blobs
         self._telemetry = telemetry
         self._fill = fill
+        self._onward = onward
         self.native = native
         """Known when the session has agreed with the kernel, before the first request."""
         self._complete_bytes_max = complete_bytes_max
@@ -457,7 +460,10 @@ class Filesystem:
     def _blob_handle(self, node: BlobNode, inode: int, pid: int) -> BlobHandle:
         begin = partial(self._blobs.open, node.provenance)
         opener = Opener(inode, pid)
-        return BlobHandle(begin, self._blobs.close, self._blobs.failed, self._telemetry, opener, fill=self._fill)
+        onward = None if self._onward is None else partial(self._onward, node.provenance)
+        return BlobHandle(
+            begin, self._blobs.close, self._blobs.failed, self._telemetry, opener, fill=self._fill, onward=onward
+        )
 
     async def read(self, handle: int, offset: int, size: int) -> bytes | memoryview:
         """See `Handle.read`."""

@@ -61,7 +61,9 @@ class BlobHandle:
         opener: Opener,
         *,
         fill: bool,
+        onward: Callable[[], None] | None = None,
     ) -> None:
+        self._onward = onward
         self._begin = begin
         self._done = done
         self._failed = failed
@@ -97,6 +99,9 @@ class BlobHandle:
         extent = Extent(offset, offset + size).clamp(blob.size)
         if not len(extent):
             return b""
+        if self._onward is not None and 2 * extent.end > blob.size:
+            onward, self._onward = self._onward, None
+            onward()
         if not blob.complete:
             # No checkpoint before `ensure` asks for what is read now, so the fetcher hears of both at once and sends this first.
             ahead = readahead.observe(extent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from types import MappingProxyType
 
 from manta.errors import Corrupt
 from manta.model.ids import BlobId, Commit, RepoId
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,17 @@ class Snapshot:
         private: bool = False,
     ) -> Snapshot:
         return cls(repo, commit, MappingProxyType({f.path: f for f in files}), gated, private)
+
+    def next_part(self, path: str) -> FileEntry | None:
+        """The file that follows `path` where a model is cut into numbered parts: its name with one number one higher, as wide as before.
+        None where there is none."""
+        folder, slash, name = path.rpartition("/")
+        for number in _NUMBER.finditer(name):
+            follower = f"{int(number[0]) + 1:0{len(number[0])}d}"
+            found = self.files.get(f"{folder}{slash}{name[: number.start()]}{follower}{name[number.end() :]}")
+            if found is not None:
+                return found
+        return None
 
     @cached_property
     def folders(self) -> Mapping[str, Mapping[str, FileEntry | None]]:

@@ -88,7 +88,7 @@ class PeerClient:
         except Broken as e:
             raise OrderFailed("unavailable", f"{order.address} {e.what}", unreachable=e.unreachable) from e
         finally:
-            del self._under_way[order.order]
+            self._under_way.pop(order.order, None)
             ticker.cancel()
             sink.tell()
         if digest != pulling.announced:

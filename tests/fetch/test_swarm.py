@@ -321,7 +321,7 @@ async def test_followed_blobs_are_bounded(world: World, autojump_clock: MockCloc
 async def test_own_pauses_are_told_again_and_again(world: World, autojump_clock: MockClock) -> None:
     world.ear.own = {"https://hub:443": 5.0}
     said = None
-    while said != OwnPauses(0, {"https://hub:443": 5.0}):
+    while said != OwnPauses(0, {"https://hub:443": 5.0}, 3e6):
         said = cast(OwnPauses, await world.child.expect(OwnPauses))
 
 
