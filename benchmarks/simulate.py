@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--downloads", type=rig.count, default=Config().swarm.downloads, help="chunks from members at a time"
     )
     parser.add_argument("--seed", type=int, default=SEED, help="of all that is random (default: %(default)s)")
+    parser.add_argument("--chart", choices=("time", "copies"), default="time", help="what is drawn (default: time)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="what `cluster --json FILE` wrote")
     parser.set_defaults(scratch=Path())
 

@@ -56,6 +56,7 @@ class Node:
         self._to_read = list(swarm.files)
         self.opened: dict[BlobId, None] = {}
         """Files of which anything is wanted, by readers here or members."""
+        self._filling: set[BlobId] = set()
         self._stragglers = Stragglers()
         self.origin_meter = Meter()
         self._readahead: Readahead | None = None
@@ -129,11 +130,11 @@ class Node:
             chunks = swarm.files[blob]
             if self._readahead is None:
                 self._readahead, self._at = Readahead(ChunkGrid(chunks * CHUNK_SIZE)), 0
-                self._open(blob)
-                if swarm.policy.fill and not self.cache.complete(blob):
-                    self.scheduler.want_whole(blob, Priority.FILL)
+                self._fill(blob)
             while self._at < chunks:
                 at = self._at
+                if 2 * (at + 1) > chunks and swarm.policy.swarm and self._to_read[1:]:
+                    self._fill(self._to_read[1])  # the next part of a model is begun in the second half of one
                 ahead = self._readahead.observe(Extent(at * CHUNK_SIZE, (at + 1) * CHUNK_SIZE))
                 missing = [(chunk, chunk * CHUNK_SIZE) for chunk in ahead if not self.cache.has(blob, chunk)]
                 self.scheduler.look_ahead(blob, "reader", missing)
@@ -147,6 +148,14 @@ class Node:
         if self.counts.done_at is None:
             self.counts.done_at = swarm.clock.now
             swarm.completed(self)
+
+    def _fill(self, blob: BlobId) -> None:
+        """All of `blob` is wanted in background."""
+        self._open(blob)
+        if self.swarm.policy.fill and blob not in self._filling:
+            self._filling.add(blob)
+            if not self.cache.complete(blob):
+                self.scheduler.want_whole(blob, Priority.FILL)
 
     def _hurry(self, blob: BlobId, chunk: int) -> None:
         """A member that fetches the chunk on our behalf hears that a reader waits, when it is asked again."""

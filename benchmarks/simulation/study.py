@@ -52,21 +52,39 @@ def simulate(options: argparse.Namespace) -> Report:
             slowest = ratio(found.slowest_s, found.bound_s)
             report.goals.append(Goal(f"slowest node / bound, {nodes} nodes", slowest, "<=", TO_BOUND_MAX))
 
-    def curve(value: Callable[[Outcome], float]) -> list[tuple[float, float]]:
-        return [(nodes, value(found)) for nodes, found in on.items()]
-
-    report.chart = Curves(
-        f"{options.size / 2**30:.3g} GiB read at once by cold nodes ({options.profile}), simulated: links {options.rate / 1e6:g} Mbit/s",
-        "nodes",
-        "seconds",
-        [
-            ("slowest node", curve(lambda found: found.slowest_s)),
-            ("median", curve(lambda found: found.median_s)),
-            ("bound", curve(lambda found: found.bound_s)),
-        ],
-        logarithmic=len(on) > 4 and max(on) >= 100,
-    )
+    report.chart = _chart(options, on)
     return report
+
+
+def _chart(options: argparse.Namespace, on: dict[int, Outcome]) -> Curves:
+    """Time or copies against the number of nodes."""
+    kinds: dict[str, tuple[str, list[tuple[str, Callable[[Outcome], float]]]]] = {
+        "time": (
+            "seconds",
+            [
+                ("slowest node", lambda found: found.slowest_s),
+                ("median", lambda found: found.median_s),
+                ("bound", lambda found: found.bound_s),
+            ],
+        ),
+        "copies": (
+            "copies of the model",
+            [
+                ("from the origin", lambda found: found.copies),
+                ("wasted in transfers that broke off", lambda found: found.wasted_bytes / found.size),
+                ("one", lambda _: 1.0),
+            ],
+        ),
+    }
+    unit, curves = kinds[options.chart]
+    size, rate = f"{options.size / 2**30:.3g} GiB", f"{options.rate / 1e6:g} Mbit/s"
+    return Curves(
+        f"{size} read at once by cold nodes ({options.profile}), simulated: links {rate}",
+        "nodes",
+        unit,
+        [(label, [(nodes, value(found)) for nodes, found in on.items()]) for label, value in curves],
+        logarithmic=len(on) > 3 and max(on) >= 100,
+    )
 
 
 def _run(weather: Weather, options: argparse.Namespace, *, swarm: bool) -> Outcome:

@@ -113,10 +113,11 @@ class SwarmGate:
         return False
 
     def next_missing(self, blob: BlobId, free: Callable[[int], bool], *, connection: bool) -> int | None:
-        if self._choice.full and not connection:
-            return None  # what is on the way ends first: no need to find out who has what
+        full = self._choice.full  # what is on the way ends first: no need to find out who has the others
+        if full and not connection:
+            return None
         plan = self._plan(blob)
-        for chunks in (plan.own, plan.others):
+        for chunks in (plan.own,) if full else (plan.own, plan.others):
             if (found := self._first(blob, chunks, free, connection)) is not None:
                 return found
         return None

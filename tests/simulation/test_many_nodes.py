@@ -43,7 +43,7 @@ def run(weather: Weather, size: int = SIZE, policy: Policy | None = None, **more
 def test_nodes_that_start_together_cost_one_copy(nodes: int) -> None:
     found = run(equal(nodes, RATE), shards=2)
     assert found.copies == pytest.approx(1.0, abs=0.01)
-    assert found.slowest_s < 0.6 * nodes * found.bound_s or nodes == 2
+    assert found.slowest_s < 1.8 * found.bound_s  # of 32 chunks: 4 each at 8 nodes, so that starting and ending counts
     # Everybody has got all of it, and nobody more.
     assert found.peer_bytes + found.origin_bytes - found.wasted_bytes == pytest.approx(nodes * SIZE)
 
