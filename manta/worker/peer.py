@@ -148,6 +148,7 @@ class _Pulling:
                 raise ValueError
         except (Invalid, ValueError) as e:
             raise OrderFailed("unavailable", f"{order.address} cannot be asked: that is no address, or no chunk") from e
+        self._next_url = self._url  # not at once: what is being asked is signed as it is
         self.announced: bytes | None = None
         """The chunk's digest, as the node says it; None while it has said none."""
         self._nonce = ""  # of the latest request
@@ -159,7 +160,7 @@ class _Pulling:
             self._pull = msgspec.structs.replace(self._pull, urgent=True)
             blob, order = parse_blob_id(self._order.blob), self._order
             target = protocol.chunk_target(blob, order.blob_size, order.chunk, self._pull)
-            self._url = URL(f"{self._url.scheme}://{order.address}{target}", encoded=True)
+            self._next_url = URL(f"{self._url.scheme}://{order.address}{target}", encoded=True)
 
     async def extent(self, asked: Extent) -> None:
         """Raises OrderFailed, Broken, and TimeoutError where no answer comes."""
@@ -180,6 +181,7 @@ class _Pulling:
 
     async def _ask(self, asked: Extent) -> _Refused | None:
         """Writes what is answered; None when all of `asked` has come. Of a refusal the connection is kept."""
+        self._url = self._next_url
         headers = partial(self._headers, asked)
         stall_s = self._order.stall_s
         connect_s = min(CONNECT_SECONDS_MAX, stall_s)
