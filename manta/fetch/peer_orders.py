@@ -181,7 +181,9 @@ class PeerOrders:
         for course, flight in flights.items():
             self.touch(flight.transfer)
             stuck = now - flight.heard > URGENT_SECONDS
-            if flight.wanted and (stuck or self._stragglers.slow(course, flights, now)):
+            # A member that gives to many is slow to each. That is no reason to read the origin: somebody else must have it.
+            elsewhere = self._peers.choice.held(str(flight.want.blob), flight.want.chunk, now, besides=flight.node)
+            if flight.wanted and (stuck or (elsewhere and self._stragglers.slow(course, flights, now))):
                 flight.give_up()
 
     def send(self, transfer: Transfer, want: Want) -> bool:

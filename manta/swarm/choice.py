@@ -235,9 +235,9 @@ class Choice:
         """Whether any member that may be asked now is believed to have any of it."""
         return any(any(have) and self.usable(node, now) for node, have in self._have.get(blob, {}).items())
 
-    def held(self, blob: str, chunk: int, now: float) -> bool:
-        """Whether any member that may be asked now is believed to have it."""
-        return any(self.usable(node, now) for node in self.holders(blob, chunk))
+    def held(self, blob: str, chunk: int, now: float, *, besides: str = "") -> bool:
+        """Whether any member that may be asked now is believed to have it, `besides` that one."""
+        return any(self.usable(node, now) for node in self.holders(blob, chunk) if node != besides)
 
     def anybody(self, now: float) -> bool:
         """Whether any member may be asked now."""

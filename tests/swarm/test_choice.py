@@ -339,6 +339,7 @@ def test_silent_and_suspect_members_are_not_asked_and_count_for_nothing() -> Non
     choice.presence("a", BLOB, bits(0))
     for mark in (choice.set_silent, choice.set_suspect):
         assert choice.held(BLOB, 0, 0.0)
+        assert not choice.held(BLOB, 0, 0.0, besides="a")
         assert choice.anybody_has(BLOB, 0.0)
         assert choice.anybody(0.0)
         mark(["a"])
