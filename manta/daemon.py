@@ -311,7 +311,7 @@ class Daemon:
         self._nursery.start_soon(swarm.run, self._fetcher, sharing.answer)
 
     def _begin_next_part(self, provenance: Provenance) -> None:
-        """Begins with the next part of a model that is cut into parts, when the second half of one is being read.
+        """Begins with the next part of a model that is cut into parts, when one is being read and not only looked at (`ONWARD_SHARE`).
 
         Nodes that start together take what each owns of a part from the origin and then give it to each other: at a part's end the
         origin's link would be idle, and at the next one's beginning theirs.

@@ -20,6 +20,7 @@ from manta.fetch.peer_orders import BLOCKED_SECONDS, BLOCKED_SECONDS_MAX
 from manta.fetch.readahead import Readahead
 from manta.fetch.scheduler import Priority, Scheduler, Want
 from manta.fetch.stragglers import Stragglers
+from manta.fs.handles import ONWARD_SHARE
 from manta.model.extents import CHUNK_SIZE, ChunkGrid, Extent
 from manta.model.ids import BlobId
 from manta.swarm.choice import FromOrigin, Peer
@@ -133,8 +134,8 @@ class Node:
                 self._fill(blob)
             while self._at < chunks:
                 at = self._at
-                if 2 * (at + 1) > chunks and swarm.policy.swarm and self._to_read[1:]:
-                    self._fill(self._to_read[1])  # the next part of a model is begun in the second half of one
+                if ONWARD_SHARE * (at + 1) > chunks and swarm.policy.swarm and self._to_read[1:]:
+                    self._fill(self._to_read[1])  # the next part of a model is begun early in one
                 ahead = self._readahead.observe(Extent(at * CHUNK_SIZE, (at + 1) * CHUNK_SIZE))
                 missing = [(chunk, chunk * CHUNK_SIZE) for chunk in ahead if not self.cache.has(blob, chunk)]
                 self.scheduler.look_ahead(blob, "reader", missing)

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
 from functools import partial
+from statistics import median
 from typing import Protocol
 
 import trio
@@ -469,6 +470,7 @@ class Fetcher:
         """Chunks have other owners, and perhaps other holders."""
         if self._neighbours is not None:
             self._pacer.share(1 + self._neighbours.members)
+            self._stragglers.share(1 + self._neighbours.members)
         self._stirred.set()
 
     def origin_rate(self) -> float:
@@ -478,7 +480,10 @@ class Fetcher:
     def note_elsewhere(self, node: str, rate: float) -> None:
         """So many bytes per second come from the origin to another node."""
         if self._neighbours is not None:
-            self._pacer.elsewhere = self._neighbours.note_rate(node, rate)
+            rates = self._neighbours.note_rate(node, rate)
+            self._pacer.elsewhere = sum(rates)
+            reading = [each for each in rates if each > 0]
+            self._stragglers.note_elsewhere(self._pacer.connections / median(reading) if reading else 0.0)
 
     def presence_changed(self) -> None:
         """Another node has, or has not, what it had not or had before."""

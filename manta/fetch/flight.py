@@ -84,8 +84,9 @@ class Flight:
         gaps = self.transfer.gaps(self.want.chunk, self._extents)
         if self._nursery is not None and not self._hedged and gaps:
             self._hedged = True
-            straggled_s = trio.current_time() - self.course.began
-            given = partial(self.told.hedged, after_s=straggled_s)
+            now, course = trio.current_time(), self.course
+            silent_s = now - (course.last or course.began)
+            given = partial(self.told.hedged, after_s=now - course.began, silent_s=silent_s, came=course.came)
             self._nursery.start_soon(self._hedge, gaps, self._control(given))
 
     def watch(self) -> None:

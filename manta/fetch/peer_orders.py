@@ -129,12 +129,12 @@ class PeerOrders:
         """Whether a reader's chunk would have to come from the origin."""
         return isinstance(self._gate.source(blob, chunk, Priority.DEMAND), FromOrigin)
 
-    def note_rate(self, node: str, rate: float) -> float:
-        """So many bytes per second come from the origin to a member; what comes to all of them."""
+    def note_rate(self, node: str, rate: float) -> list[float]:
+        """So many bytes per second come from the origin to a member; what comes to each of them."""
         members = set(self._peers.choice.members)
         self._rates = {known: r for known, r in self._rates.items() if known in members}
         self._rates[node] = rate
-        return sum(self._rates.values())
+        return list(self._rates.values())
 
     @property
     def members(self) -> int:

@@ -187,7 +187,7 @@ class Totals:
 
 
 class Filesystem:
-    """`fill`: complete in the background what was read from. `onward` hears of a blob whose second half is being read.
+    """`fill`: complete in the background what was read from. `onward` hears of a blob that is read beyond its head.
     `telemetry` hears of reads.
 
     `native`: the session can hand files to the kernel. Then files of up to `complete_bytes_max` are fetched, verified and sealed while they

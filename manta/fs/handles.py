@@ -19,6 +19,10 @@ from manta.telemetry.events import Opener, ReadWait, Telemetry
 READ_BYTES_MAX = 1024 * 1024
 """The largest read the kernel sends: 256 pages."""
 
+ONWARD_SHARE = 8
+"""A reader who is past the first 1/ONWARD_SHARE of a blob will want the next part of the model too: who looks at the head of a safetensors
+file only does not come that far. (8 nodes, 1 GiB in 4 parts, 100 Mbit/s everywhere: 128 s with 2, 119 s with 8.)"""
+
 # One buffer for all reads that the page cache answers: a fresh MiB for each would cost more in page faults than the copy itself.
 _scratch = page_aligned(READ_BYTES_MAX)
 
@@ -99,7 +103,7 @@ class BlobHandle:
         extent = Extent(offset, offset + size).clamp(blob.size)
         if not len(extent):
             return b""
-        if self._onward is not None and 2 * extent.end > blob.size:
+        if self._onward is not None and ONWARD_SHARE * extent.end > blob.size:
             onward, self._onward = self._onward, None
             onward()
         if not blob.complete:

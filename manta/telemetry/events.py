@@ -259,11 +259,14 @@ class Order:
         """It failed, and for that the node is to blame that was asked: not where it was busy, did not have it, or was not waited for."""
         self._source.failures += 1
 
-    def hedged(self, number: int, worker: int, after_s: float) -> None:
-        """The bytes that had not come after `after_s` were asked for on another connection too, as order `number`."""
+    def hedged(self, number: int, worker: int, after_s: float, silent_s: float, came: int) -> None:
+        """What had not come after `after_s` was asked for on another connection too, as order `number`: `came` bytes had, the last of them
+        `silent_s` ago."""
         self._hedge_in_flight = True
         self._source.in_flight += 1
-        self._tell(logging.INFO, "order hedged", by_order=number, worker=worker, after_s=after_s)
+        self._tell(
+            logging.INFO, "order hedged", by_order=number, worker=worker, after_s=after_s, silent_s=silent_s, bytes=came
+        )
 
     def hedge_ended(self, outcome: str) -> None:
         """`outcome` of the second request: won, lost or failed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manta.fetch.stragglers import SILENCE_FACTOR, SILENCE_SECONDS, WASTE_BYTES, Course, Stragglers
+from manta.fetch.stragglers import SILENCE_FACTOR, SILENCE_SECONDS, WASTE_BYTES, WASTE_BYTES_MIN, Course, Stragglers
 
 MIB = 1024 * 1024
 
@@ -55,6 +55,17 @@ def test_what_all_do_is_not_slow() -> None:
     assert hedged(usual(seconds=0.5), courses, 4.0) == []
 
 
+def test_what_other_nodes_see_too_is_not_slow() -> None:
+    """Eight nodes that begin to share the origin's link: this one has a single order, and none to compare it with."""
+    stragglers, one = usual(seconds=0.7), course(came=MIB, first=0.1, last=4.0)
+    assert stragglers.slow(one, [one], 4.0)
+    stragglers.note_elsewhere(4.0 / MIB)
+    assert not stragglers.slow(one, [one], 4.0)
+    assert stragglers.silent(one, 9.0), "what hangs is seen all the same"
+    stragglers.note_elsewhere(0.0)
+    assert stragglers.slow(one, [one], 4.0)
+
+
 def test_without_knowledge_nothing_is_slow() -> None:
     assert not Stragglers().slow(course(came=1, first=0.1, last=9.0), [], 9.0)
 
@@ -86,3 +97,21 @@ def test_the_waste_is_bounded_and_grows_with_what_came() -> None:
     for _ in range(64):
         stragglers.learn(0.05, 0.5, 8 * MIB)
     assert twice() == 64 * 8 * MIB // 16
+
+
+@pytest.mark.parametrize(("among", "most"), [(1, WASTE_BYTES), (2, WASTE_BYTES // 2), (100, WASTE_BYTES_MIN)])
+def test_nodes_that_read_together_waste_together_what_one_may(among: int, most: int) -> None:
+    stragglers, total = Stragglers(), 0
+    stragglers.share(among)
+    while found := hedged(stragglers, [course()], 60.0):
+        total += sum(c.wanted for c in found)
+    assert total == most
+
+
+def test_among_many_only_what_is_silent_may_be_ordered_by_each_of_them() -> None:
+    stragglers = usual(orders=1)
+    stragglers.share(100)
+    slow, silent = course(came=100_000, first=0.1, last=3.0), course()
+    assert stragglers.slow(slow, [slow], 3.0)
+    assert hedged(stragglers, [slow, silent], 3.0) == [silent]
+    assert hedged(stragglers, [slow, course()], 4.0) == []

@@ -6,6 +6,7 @@ process that waits in the kernel for somebody who will not come.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -318,9 +319,14 @@ def test_a_keeper_that_is_killed_is_replaced_and_keeps(hub: HubProcess, node: No
 
 def kept(node: Node) -> bool:
     """Whether the keeper holds the filesystem's descriptor."""
-    return any(
-        os.readlink(entry) == "/dev/fuse" for pid in node.keepers() for entry in Path(f"/proc/{pid}/fd").iterdir()
-    )
+    return any(target(entry) == "/dev/fuse" for pid in node.keepers() for entry in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def target(entry: Path) -> str | None:
+    """What a descriptor refers to; None for one that was closed since it was listed."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(entry)
+    return None
 
 
 def test_without_keeper_and_daemon_readers_get_an_error_and_mount_recovers(hub: HubProcess, node: Node) -> None:

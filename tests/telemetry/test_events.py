@@ -196,7 +196,7 @@ def test_a_hedge_is_counted_and_told(telemetry: Telemetry, caplog: pytest.LogCap
     read = wait(telemetry)
     order = telemetry.order(BLOB, "f", 0, "demand", CDN)
     order.given([(0, 100)], 1, 2)
-    order.hedged(2, 3, 1.5)
+    order.hedged(2, 3, 1.5, silent_s=0.5, came=7)
     assert (told(caplog)[-1][0], told(caplog)[-1][2]["by_order"], told(caplog)[-1][2]["reads"]) == (
         "INFO",
         2,
