@@ -7,6 +7,11 @@ Sizes are bytes, rates bytes per second, times seconds since the epoch unless th
     POST   /v1/mounts        MountRequest -> Mount        creates the directory; the caller binds it
     POST   /v1/mounts/ID/bound   Bound    -> Mount        the caller has bound it to this directory
     DELETE /v1/mounts/ID                 -> Mount         the caller has unbound it (or gives up)
+    GET    /v1/publications              -> list[Publication]
+    PUT    /v1/publications/NAME MountRequest -> Mount    the mount of that name: made, or the same as before with the rights checked anew
+    GET    /v1/publications/NAME         -> Mount
+    POST   /v1/publications/NAME/bound Bound -> Mount
+    DELETE /v1/publications/NAME         -> Mount         as for a mount; 404 where there is none of that name
     POST   /v1/prefetch   PrefetchRequest -> Job
     GET    /v1/jobs/ID                   -> Job
     DELETE /v1/jobs/ID                   -> Job           cancels it; what is fetched stays
@@ -40,11 +45,33 @@ View = Literal["tree", "hub-cache"]
 VIEWS: tuple[View, ...] = ("tree", "hub-cache")
 
 
+Prefetch = Literal["none", "background", "blocking-open"]
+"""none: what is read is fetched. background: all of it from the mount's beginning on, behind what readers wait for. blocking-open: opening a
+small file (`SMALL_BYTES_MAX`) waits until all of it is there."""
+PREFETCHES: tuple[Prefetch, ...] = ("none", "background", "blocking-open")
+
+SMALL_BYTES_MAX = 16 * 1024 * 1024
+"""Configurations, tokenizers and indexes are smaller than this, weights are larger."""
+
+PUBLICATION_CHARACTERS_MAX = 128
+"""Of a publication's name: letters, digits, dot, dash and underscore."""
+
+
 class Error(msgspec.Struct, frozen=True):
     """`code` is one of `manta.errors.BY_CODE`; `message` is a sentence for a person."""
 
     code: str
     message: str
+
+
+class Pod(msgspec.Struct, frozen=True):
+    """A pod of Kubernetes, as its kubelet names it."""
+
+    uid: str
+    name: str
+    namespace: str
+    volume: str = ""
+    """The volume's id: "csi-" and 64 hex digits for an inline one, the PV's volumeHandle otherwise."""
 
 
 class MountRequest(msgspec.Struct, frozen=True):
@@ -56,9 +83,18 @@ class MountRequest(msgspec.Struct, frozen=True):
     view: View = "tree"
     token: str = ""
     """The caller's own token for the hub; empty: the daemon's. Kept in memory only."""
+    anonymous: bool = False
+    """Without a token, not even the daemon's. Only with an empty `token`."""
+    prefetch: Prefetch = "none"
+    pin: bool = False
+    """What it shows is kept in the cache also after its end, until `manta cache unpin TARGET`."""
+    pod: Pod | None = None
+    """For whom, where it is a volume of Kubernetes."""
 
     def __repr__(self) -> str:
-        return f"MountRequest(target={self.target!r}, directory={self.directory!r}, view={self.view!r})"
+        return (
+            f"MountRequest(target={self.target!r}, directory={self.directory!r}, view={self.view!r}, pod={self.pod!r})"
+        )
 
 
 class Bound(msgspec.Struct, frozen=True):
@@ -85,6 +121,20 @@ class Mount(msgspec.Struct, frozen=True):
     """The latest sentences about reads that failed, newest last, at most 8."""
     rate: float = 0.0
     """Bytes per second that come for its files now."""
+    publication: str = ""
+    """Its name, where it was made by one."""
+    prefetch: Prefetch = "none"
+    pin: bool = False
+    pod: Pod | None = None
+
+
+class Publication(msgspec.Struct, frozen=True):
+    """A mount that has a name, which its caller gave it: asked for again it is the same, however often and after whatever crash."""
+
+    name: str
+    mount: str
+    directory: str
+    pod: Pod | None
 
 
 class FileTransfer(msgspec.Struct, frozen=True):
