@@ -46,8 +46,8 @@ VIEWS: tuple[View, ...] = ("tree", "hub-cache")
 
 
 Prefetch = Literal["none", "background", "blocking-open"]
-"""none: what is read is fetched. background: all of it from the mount's beginning on, behind what readers wait for. blocking-open: opening a
-small file (`SMALL_BYTES_MAX`) waits until all of it is there."""
+"""none: what is read is fetched. background: all of it from the mount's beginning on, behind what readers wait for. blocking-open: opening
+a small file (`SMALL_BYTES_MAX`) waits until all of it is there."""
 PREFETCHES: tuple[Prefetch, ...] = ("none", "background", "blocking-open")
 
 SMALL_BYTES_MAX = 16 * 1024 * 1024
