@@ -101,6 +101,10 @@ ANSWER_SECONDS = 5.0
 SEND_SECONDS = 10.0
 """A peer process that has not read for this long hangs, and is replaced."""
 
+UNHEARD_MAX, UNHEARD_SECONDS = 5, 30.0
+"""A peer process that says nothing, though it was told something so often and for so long, hangs: it answers in milliseconds, and takes
+seconds to start on a busy machine."""
+
 WRONG_SECONDS = LIAR_SECONDS
 """How long is said that a member gave wrong bytes: as long as it is not asked."""
 
@@ -186,6 +190,10 @@ class Swarm:
         self._joined = trio.Event()
         self._channel: Channel[FromPeerProcess] | None = None
         self._pid = 0
+        self._started = time.time()
+        self._unheard, self._heard_at = 0, 0.0
+        """How often the peer process was told something since it last said anything, and when that was. Both, for a daemon that was
+        stopped itself."""
         self._listener: Listener
         self._answerer: Answerer
 
@@ -228,6 +236,7 @@ class Swarm:
                 )
             else:
                 self._channel, self._pid = channel, process.pid
+                self._unheard, self._heard_at = 0, began
                 try:
                     async with trio.open_nursery() as beside:
                         beside.start_soon(pass_on, stderr, "peer", process.pid)
@@ -282,6 +291,7 @@ class Swarm:
             config.slots,
             config.upload_rate,
             "public" if config.share == "public" else "all",
+            self._started,
         )
 
     async def _keep_keys(self) -> None:
@@ -314,8 +324,16 @@ class Swarm:
                 self.choice.follow((blob for blob, _ in told), now)
                 await self._send(Follow(0, told))
             await self._send(OwnPauses(0, self._listener.own_pauses(), self._listener.origin_rate()))
+            self._unheard += 1
+            if self._hangs(now) and self._channel is not None:
+                log.error("the peer process (pid %d) does not answer; it is replaced", self._pid)
+                self._channel.close()
+                return
             with trio.move_on_after(1.0):
                 await self._follow_changed.wait()
+
+    def _hangs(self, now: float) -> bool:
+        return self._unheard > UNHEARD_MAX and now > self._heard_at + UNHEARD_SECONDS
 
     async def _send(self, message: msgspec.Struct, fd: int | None = None) -> None:
         """Raises ValueError for what is larger than a message may be."""
@@ -339,6 +357,7 @@ class Swarm:
             except (ValueError, RecursionError):
                 log.error("the peer process (pid %d) sent what is no message; it is replaced", self._pid)
                 return
+            self._unheard, self._heard_at = 0, trio.current_time()
             match message:
                 case Ready():
                     self._troubles.pop("process", None)

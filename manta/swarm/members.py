@@ -17,6 +17,7 @@ from manta.errors import Denied, Invalid, MantaError, Unavailable
 from manta.swarm.client import MemberClient
 from manta.swarm.discovery import discover
 from manta.swarm.presence import Presences, pauses_of, rate_of
+from manta.swarm.protocol import Hello
 from manta.swarm.roster import Roster, pages
 from manta.wire.messages import Message
 from manta.wire.peering import (
@@ -68,6 +69,8 @@ class Membership:
         self._polling: set[str] = set()
         self._rates: dict[str, float] = {}  # what comes to members from the origin, as was told last
         self._troubles: dict[str, str] = {}
+        self._twin = ""
+        """The address of another daemon that has our id."""
         self._told = -1
         self._due = asyncio.Event()
         self._changed = asyncio.Event()
@@ -168,8 +171,21 @@ class Membership:
         except MantaError as error:
             self._went_wrong(address, error)
         else:
+            self._note_twin(address, hello)
             self._roster.welcomed(address, hello.node, hello.version, rtt_s, time.monotonic())
             self._note()
+
+    def _note_twin(self, address: str, hello: Hello) -> None:
+        """Another daemon may have our id."""
+        if hello.node == self._settings.node and hello.started != self._settings.started:
+            self._twin = address
+            self._trouble(
+                "twin",
+                f"{address} has the id of this node ({hello.node}): its cache directory is a copy of ours. The two get nothing from each"
+                " other. Stop the daemon there, remove the file `node` from its cache directory and start it again.",
+            )
+        elif address == self._twin:
+            self._trouble("twin", "")
 
     async def _ask_in_rounds(self) -> None:
         async with asyncio.TaskGroup() as questions:

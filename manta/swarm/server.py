@@ -103,7 +103,6 @@ class Server:
         self._settings = settings
         self._tell = tell
         self._limits = limits
-        self._started = time.time()
         self._verifier = Verifier(settings.node, settings.keys)
         self._slots = Slots(settings.slots)
         self._allowance = Allowance(settings.upload_rate)
@@ -286,7 +285,9 @@ class Server:
         if what.startswith("GET /v1/blobs/"):
             return await self._chunks.answer(request, sender)
         if what == "GET /v1/hello":
-            return Answered(200, encode(Hello(node=self._settings.node, version=__version__, started=self._started)))
+            return Answered(
+                200, encode(Hello(node=self._settings.node, version=__version__, started=self._settings.started))
+            )
         if what == "POST /v1/have":
             return Answered(200, encode(self._have(decode(body, HaveRequest))))
         kind = what.removeprefix("POST /v1/ask/")

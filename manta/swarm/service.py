@@ -101,6 +101,7 @@ class _Peer:
                 self._members.follow(message.blobs)
             case OwnPauses():
                 self._server.set_origins(message.pauses, message.origin_rate)
+                self._link.send(Ready(0, os.getpid()))
             case Settings():
                 self._server.set_keys(message.keys)
                 self._members.set_keys(message.keys)

@@ -33,6 +33,8 @@ class Settings(Message, frozen=True, tag="settings"):
     upload_rate: int = 0
     """Bytes per second; 0 is no limit."""
     share: Literal["all", "public"] = "all"
+    started: float = 0.0
+    """When the daemon began, in seconds since the epoch. With the id it tells this node from another that has a copy of its cache."""
 
     def __repr__(self) -> str:
         return "Settings(...)"
@@ -45,7 +47,8 @@ class Follow(Message, frozen=True, tag="follow"):
 
 
 class OwnPauses(Message, frozen=True, tag="own-pauses"):
-    """The origins that asked this node for a pause, and for how many seconds from now, and what comes to it from them: members are told."""
+    """The origins that asked this node for a pause, and for how many seconds from now, and what comes to it from them: members are told.
+    Once a second and when `Follow` changes; -> Ready: a process that hangs is found out by that."""
 
     pauses: dict[str, float]
     origin_rate: float = 0.0

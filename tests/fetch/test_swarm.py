@@ -783,3 +783,22 @@ async def test_no_child_has_the_key_or_a_token(monkeypatch: pytest.MonkeyPatch) 
     assert "PATH" in cast(dict[str, str], given["env"])
     assert "hf_secret" not in str(given)
     assert "the-key" not in str(given)
+
+
+async def test_a_process_that_says_nothing_is_replaced(world: World, autojump_clock: MockClock) -> None:
+    first = world.child
+    for _ in range(60):
+        await trio.sleep(1.0)
+        first.tell(Ready(0, first.pid))
+    assert world.swarm.processes == [("peer", first.pid)], "it answers"
+    second = await world.next_child()
+    assert first.returncode == -9
+    assert world.swarm.processes == [("peer", second.pid)]
+
+
+async def test_a_daemon_that_was_stopped_itself_blames_nobody(world: World, autojump_clock: MockClock) -> None:
+    child = world.child
+    await child.expect(OwnPauses)
+    autojump_clock.jump(3600)
+    await trio.sleep(2.0)
+    assert world.swarm.processes == [("peer", child.pid)]

@@ -36,6 +36,9 @@ async def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
             await asyncio.sleep(0.005)
 
 
+STARTED = 1.0
+
+
 @dataclass
 class FakeMember:
     """`async with FakeMember(node) as member`. What `mood` may be is in `_answer`; it may change at any time."""
@@ -44,6 +47,7 @@ class FakeMember:
     keys: tuple[bytes, ...] = KEYS
     mood: str = "well"
     version: str = "1.0"
+    started: float = STARTED
     has: dict[str, bytes] = field(default_factory=dict)
     pauses: dict[str, float] = field(default_factory=dict)
     answers: dict[str, tuple[int, bytes]] = field(default_factory=dict)
@@ -102,7 +106,7 @@ class FakeMember:
 
     def _true_answer(self, path: str, body: bytes) -> tuple[int, bytes]:
         if path == "/v1/hello":
-            return 200, encode(Hello(node=self.node, version=self.version, started=1.0))
+            return 200, encode(Hello(node=self.node, version=self.version, started=self.started))
         if path == "/v1/have":
             asked = decode(body, HaveRequest).blobs
             blobs = {blob: self.has[blob] for blob, _ in asked if blob in self.has}

@@ -278,7 +278,9 @@ class Node:
         return Asker(self.port, node, keys)
 
 
-SETTINGS = Settings(0, node=ME, cache_dir="", host="127.0.0.1", port=0, peers="static:127.0.0.1:9", keys=[KEY])
+SETTINGS = Settings(
+    0, node=ME, cache_dir="", host="127.0.0.1", port=0, peers="static:127.0.0.1:9", keys=[KEY], started=7.0
+)
 
 
 @asynccontextmanager

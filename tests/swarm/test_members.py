@@ -19,7 +19,7 @@ from manta.swarm.members import Membership, Pace
 from manta.swarm.protocol import ANSWER_BYTES_MAX, Refusal, decode
 from manta.wire.messages import Message
 from manta.wire.peering import Call, Called, Member, Members, Pauses, Presence, Settings, Trouble
-from tests.swarm.fake_member import KEYS, FakeMember, run, until
+from tests.swarm.fake_member import KEYS, STARTED, FakeMember, run, until
 
 ME, A, B, C = "0" * 16, "a" * 16, "b" * 16, "c" * 16
 BLOB = ("blob-1", 4 * CHUNK_SIZE)
@@ -69,7 +69,9 @@ async def membership(
 ) -> AsyncIterator[Membership]:
     """A membership that runs, with these members named."""
     named = peers or "static:" + ",".join(member.address for member in members)
-    settings = Settings(0, ME, "/nowhere", "127.0.0.1", 1, named, list(keys), tls_authorities=authorities)
+    settings = Settings(
+        0, ME, "/nowhere", "127.0.0.1", 1, named, list(keys), tls_authorities=authorities, started=STARTED
+    )
     ours = Membership(settings, told, QUICK)
     running = asyncio.create_task(ours.run())
     try:
@@ -96,6 +98,24 @@ def test_members_join_and_we_are_not_among_them() -> None:
             assert it.is_member(A)
             assert not it.is_member(ME)
             assert not it.is_member(C)
+
+    run(story)
+
+
+def test_another_with_our_id_is_told_of_until_it_is_gone() -> None:
+    async def story() -> None:
+        told = Told()
+        async with FakeMember(A) as a, FakeMember(ME, started=2.0) as twin, membership(a, twin, told=told):
+            await until(lambda: told.of(Trouble) != [])
+            [trouble] = told.of(Trouble)
+            assert isinstance(trouble, Trouble)
+            assert trouble.message.startswith(f"{twin.address} has the id of this node ({ME})")
+            await until(lambda: told.states == {A: "up"})
+            await twin.stop()
+            twin.node = B
+            await twin.start()
+            await until(lambda: told.states == {A: "up", B: "up"})
+            assert told.of(Trouble)[1:] == [Trouble(0, "twin", "")]
 
     run(story)
 
