@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 from manta.testing.cluster import Cluster, Node, set_key
 from tests.cluster.conftest import copies
 
@@ -74,3 +76,21 @@ def test_a_node_with_another_key_is_left_alone_and_works_by_itself(
     cluster.hub.reset(content=False)
     cluster.read([stranger], other_repo)
     assert 1.0 <= copies(cluster, other_repo) <= 1.1
+
+
+def test_the_page_opens_elsewhere_by_its_link_only(cluster: Cluster, nodes: list[Node]) -> None:
+    link = nodes[0].client.page().url
+
+    def opened(url: str) -> str:
+        """The status that a program of another node gets, and what it gets."""
+        command = ["curl", "--silent", "--max-time", "10", "--write-out", "\n%{http_code}", url]
+        return subprocess.run(
+            nodes[1].place.command(command), check=False, capture_output=True, text=True, timeout=20
+        ).stdout
+
+    page, _, status = opened(link).rpartition("\n")
+    assert status == "200"
+    assert "<html" in page
+    assert nodes[0].settings["swarm.listen"] in link
+    assert opened(link.partition("?")[0]).endswith("\n403")
+    assert opened(link[:-1] + ("0" if link[-1] != "0" else "1")).endswith("\n403")
