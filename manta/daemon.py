@@ -37,6 +37,7 @@ from manta.control.protocol import (
     PageLink,
     Peers,
     PrefetchRequest,
+    Publication,
     Quota,
     Removal,
     Running,
@@ -71,9 +72,12 @@ from manta.operations.jobs import Jobs
 from manta.operations.keeping import Keeping
 from manta.operations.mounts import Mounted, Mounts
 from manta.operations.peers import PeerView
+from manta.operations.publications import Publications
 from manta.operations.room import Room
 from manta.operations.sharing import Sharing
 from manta.operations.verification import Verification
+from manta.operations.volumes import volumes
+from manta.operations.warming import Warming
 from manta.operations.watchdog import Watchdog
 from manta.swarm.auth import PAGE_SECONDS_MAX, sign_page
 from manta.swarm.keys import check, read_keys
@@ -140,6 +144,8 @@ class Daemon:
         self._peer_view = PeerView(config.swarm)
         # Built in `run`, where there is a nursery.
         self._mounts: Mounts
+        self._publications: Publications
+        self._warming: Warming
         self._jobs: Jobs
         self._identity: Identity
         self._filesystem: Filesystem
@@ -174,12 +180,20 @@ class Daemon:
                 owner=self._identity.access,
                 circuit=self._circuits.of(origin_of(self._hub.endpoint)),
                 neighbours=self._neighbours(),
+                latest=self._identity.latest,
             )
             journal, recovered = await self._open_journal()
             self._journal = journal
             self._mounts = Mounts(
-                catalog, self._store, None if self._direct else config.mount_root, self._mount_gone, journal
+                catalog,
+                self._store,
+                None if self._direct else config.mount_root,
+                self._mount_gone,
+                journal,
+                self._identity,
             )
+            self._publications = Publications(self._mounts, self._identity, self._keep, self._fetcher.forget)
+            self._warming = Warming(nursery, self._fetcher, self._store, self._failures.add)
             self._filesystem = Filesystem(
                 self._mounts.folder,
                 self,
@@ -188,6 +202,7 @@ class Daemon:
                 onward=self._begin_next_part if config.fetch.fill and self._swarm is not None else None,
                 complete_bytes_max=config.fuse.complete_at_open,
                 journal=journal,
+                whole=self._mounts.opens_whole,
             )
             self._root = RootMount(
                 self._filesystem,
@@ -368,7 +383,9 @@ class Daemon:
         fd = self._keeping.inherited["fuse"]
 
         async def restore() -> None:
-            await self._mounts.restore(recovered, self._identity.of)
+            await self._mounts.restore(recovered, self._access)
+            for mounted in self._mounts:
+                self._warming.begin(mounted)
             self._filesystem.recover(recovered)
 
         try:
@@ -444,7 +461,10 @@ class Daemon:
             self._mounts.drop_unbound(self._root.bound(self._config.mount_root), trio.current_time())
 
     def _mount_gone(self, mounted: Mounted) -> None:
-        """Nobody asked for the whole of its files any more, unless another mount shows them."""
+        """Nobody asks by its token any more, or for the whole of its files, unless another mount shows them."""
+        self._warming.end(mounted.id)
+        if mounted.scope.access != self._identity.access:
+            self._fetcher.forget(mounted.scope.access)
         shown = self._mounts.blobs()
         for transfer in list(self._fetcher.active):
             blob = transfer.blob.id
@@ -467,6 +487,10 @@ class Daemon:
     # What the filesystem needs ---------------------------------------------------------------------------------------
 
     def open(self, provenance: Provenance) -> Transfer:
+        blob = provenance.entry.blob
+        if blob is not None and self._identity.is_released(provenance.access):
+            # The kernel knows the file by its content, and the mount in which it was found last has ended.
+            provenance = next(self._mounts.provenances(blob), provenance)
         return self._fetcher.open(provenance)
 
     def close(self, transfer: Transfer) -> None:
@@ -577,6 +601,14 @@ class Daemon:
             quotas=[QuotaLeft(q.kind, q.remaining, q.limit) for q in self._hub.quotas.values()],
             workers=[*self._workers.processes, *(self._swarm.processes if self._swarm is not None else ())],
             swarm=self._peer_view.for_metrics(),
+            volumes=volumes(
+                self._mounts,
+                self._store,
+                [transfer.blob.id for transfer in self._fetcher.active],
+                lambda blob: self._telemetry.file_rate(blob).bytes_per_second,
+                self._telemetry.waiting_by_blob(),
+            ),
+            volumes_total=sum(mounted.request.pod is not None for mounted in self._mounts),
         )
         return Answer(200, CONTENT_TYPE, self._telemetry.metrics.rendered(state))
 
@@ -591,7 +623,13 @@ class Daemon:
 
     async def mount(self, request: MountRequest) -> Mount:
         self._refuse_when_stopping()
-        mounted = await self._mounts.create(request, self._identity.of(request.token))
+        mounted = await self._mounts.create(request, self._access(request, ""))
+        if request.pin:
+            try:
+                await self._keep(mounted)
+            except BaseException:
+                self._mounts.remove(mounted.id)
+                raise
         if self._direct:
             try:
                 with trio.CancelScope(shield=True):
@@ -605,7 +643,38 @@ class Daemon:
                     await self._root.end(self._hurrying)
                 raise
             mounted.confirmed = True
+        self._warming.begin(mounted)
         return self._mounts.describe(mounted, self._failures)
+
+    def _access(self, request: MountRequest, publication: str) -> Access:
+        """Who asks the hub for a mount. Raises Invalid."""
+        if publication or request.anonymous:
+            return self._identity.of_pod(request.token, anonymous=request.anonymous)
+        return self._identity.of(request.token)
+
+    async def _keep(self, mounted: Mounted) -> None:
+        """What it shows is kept under its target's name until that is unpinned."""
+        contents = self._mounts.contents(mounted)
+        if contents is not None:
+            await self._housekeeping.keep(mounted.request.target, contents.blobs)
+
+    async def publish(self, name: str, request: MountRequest) -> Mount:
+        self._refuse_when_stopping()
+        mounted = await self._publications.publish(name, request)
+        self._warming.begin(mounted)
+        return self._mounts.describe(mounted, self._failures)
+
+    async def publications(self) -> list[Publication]:
+        return list(self._publications)
+
+    async def publication(self, name: str) -> Mount:
+        return self._mounts.describe(self._publications[name], self._failures)
+
+    async def publication_bound(self, name: str, bound: Bound) -> Mount:
+        return await self.bound(self._publications[name].id, bound)
+
+    async def unpublish(self, name: str) -> Mount:
+        return await self.unmount(self._publications[name].id)
 
     async def bound(self, mount_id: str, bound: Bound) -> Mount:
         mounted = self._mounts.bound(mount_id, bound.directory)

@@ -80,6 +80,12 @@ class InUse(MantaError):
     code = "in_use"
 
 
+class Conflict(InUse):
+    """What has this name already is something else than what was asked for."""
+
+    code = "conflict"
+
+
 class Superseded(MantaError):
     """The kernel should look the name up again: what it called the file by is not what it should open now. Readers never see it, since
     the kernel does so by itself; where it has no name to look up (/proc/PID/fd), it is not said twice."""
@@ -105,6 +111,7 @@ BY_CODE: dict[str, type[MantaError]] = {
         NoSpace,
         CacheBroken,
         InUse,
+        Conflict,
         Superseded,
         NotRunning,
     )

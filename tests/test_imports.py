@@ -41,8 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"errors", "model", "wire", "cache.digests", "hub.quota", "swarm.auth", "swarm.compression", "swarm.protocol"},
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
     "operations": {
-        "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.origin", "control.protocol", "keeper", "telemetry",
-        "wire.messages", "wire.peering", "swarm.protocol",
+        "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.identity", "hub.origin", "control.protocol", "keeper",
+        "telemetry", "wire.messages", "wire.peering", "swarm.protocol",
     },
     "control": {"errors", "model", "config", "keeper"},
     "cli": {"errors", "model", "config", "control", "keeper"},

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -166,6 +167,13 @@ class MetadataStore:
                     part.rmdir()
             with suppress(FileNotFoundError):
                 folder.rmdir()
+
+    def mark(self, repo: RepoId, *, gated: bool, private: bool) -> None:
+        """SLOW: notes with every stored tree of `repo` that it is gated or private by now, or neither. Raises NoSpace and CacheBroken."""
+        for commit in self.snapshots(repo):
+            snapshot = self.snapshot(repo, commit)
+            if snapshot is not None and (snapshot.gated, snapshot.private) != (gated, private):
+                self.save_snapshot(replace(snapshot, gated=gated, private=private))
 
     def _folder(self, repo: RepoId) -> Path:
         return self._directory / repo.folder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from manta.cli.render import duration, plural, rate, share, size, table
+from manta.cli.render import duration, mounted_on, plural, rate, share, size, table
 from manta.control.protocol import FileTransfer, Mount, Source, Status
 
 Style = Literal["plain", "title", "warning", "error"]
@@ -136,7 +136,7 @@ def _mounts(mounts: Sequence[Mount]) -> list[_Row]:
         (
             "warning" if mount.stale else "plain",
             (
-                mount.directory,
+                mounted_on(mount),
                 mount.target or "(whole hub)",
                 f"{mount.commit[:12] or '-'}{' (stale)' if mount.stale else ''}",
                 f"{size(mount.cached)} of {size(mount.size)}",

@@ -164,7 +164,13 @@ def build_parser() -> Parser:
         "status:status",
         "show mounts, cached bytes, rates and errors",
         "Shows what the daemon of this cache directory serves and fetches. Exit code 3 when none runs.",
-        "  manta status\n  manta status --json | python -m json.tool",
+        "  manta status\n  manta status --json | python -m json.tool\n  manta status --pod default/server-0",
+    )
+    status.add_argument(
+        "--pod",
+        default="",
+        metavar="UID|NAMESPACE/NAME",
+        help="only the volumes of this pod, and what is fetched for them",
     )
     _common(status)
 

@@ -10,7 +10,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from manta.control.protocol import Mount
 
 AMOUNT_COLUMNS = 42
 """Of "90.9 MB of 91.6 MB, 99.9 MB/s, 59 min 59 s left", nearly always."""
@@ -210,3 +213,8 @@ class Progress:
             self._samples.popleft()
         (then, before) = self._samples[0]
         return max(0.0, (done - before) / (now - then)) if now > then else 0.0
+
+
+def mounted_on(mount: Mount) -> str:
+    """Where a person finds a mount: its directory, or for a volume its pod, whose kubelet's directory nobody knows by heart."""
+    return f"pod {mount.pod.namespace}/{mount.pod.name}" if mount.pod is not None else mount.directory

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from manta.cli.invocation import Invocation
-from manta.cli.render import Console, duration, plural, rate, share, size, table
+from manta.cli.render import Console, duration, mounted_on, plural, rate, share, size, table
 from manta.config import allowed, items, variable
 from manta.control.protocol import FileTransfer, Mount, Status
+from manta.errors import Absent
+from manta.model.ids import parse_target
 
 TRANSFERS_SHOWN = 10
 
@@ -15,6 +19,8 @@ TRANSFERS_SHOWN = 10
 def status(invocation: Invocation) -> int:
     console = invocation.console
     seen = invocation.connect().status()
+    if invocation.arguments.pod:
+        seen = _of_pod(seen, invocation.arguments.pod)
     console.document(seen)
     _say_daemon(console, seen)
     if seen.problems:
@@ -24,6 +30,24 @@ def status(invocation: Invocation) -> int:
     if seen.errors:
         console.say("", "LATEST ERRORS", *(f"  {sentence}" for sentence in seen.errors))
     return 0
+
+
+def _of_pod(seen: Status, asked: str) -> Status:
+    """With the volumes of that pod alone: its uid, or NAMESPACE/NAME. Raises Absent where it has none."""
+    mounts = [
+        mount
+        for mount in seen.mounts
+        if mount.pod is not None and asked in {mount.pod.uid, f"{mount.pod.namespace}/{mount.pod.name}"}
+    ]
+    if not mounts:
+        raise Absent(
+            f"No pod {asked} has a volume of Manta on this node. A pod is named by its uid or NAMESPACE/NAME; `manta status` shows those"
+            " that have volumes here."
+        )
+    repos = {str(parse_target(mount.target).repo) for mount in mounts if mount.target}
+    whole = any(not mount.target for mount in mounts)
+    transfers = [t for t in seen.transfers if whole or any(t.name.startswith(f"{repo}/") for repo in repos)]
+    return msgspec.structs.replace(seen, mounts=mounts, transfers=transfers)
 
 
 def _say_daemon(console: Console, seen: Status) -> None:
@@ -73,7 +97,7 @@ def _say_mounts(console: Console, mounts: list[Mount]) -> None:
         return
     rows = [
         (
-            mount.directory,
+            mounted_on(mount),
             mount.target or "(whole hub)",
             f"{mount.commit[:12] or '-'}{' (stale)' if mount.stale else ''}",
             mount.view,
@@ -86,7 +110,9 @@ def _say_mounts(console: Console, mounts: list[Mount]) -> None:
     console.say("", *table(("MOUNTED ON", "TARGET", "COMMIT", "VIEW", ">FILES", ">CACHED", ">"), rows))
     for mount in mounts:
         if mount.errors:
-            console.say("", f"READS THAT FAILED IN {mount.directory}", *(f"  {sentence}" for sentence in mount.errors))
+            console.say(
+                "", f"READS THAT FAILED IN {mounted_on(mount)}", *(f"  {sentence}" for sentence in mount.errors)
+            )
 
 
 def _say_transfers(console: Console, transfers: list[FileTransfer]) -> None:

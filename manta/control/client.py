@@ -39,6 +39,7 @@ from manta.control.protocol import (
     PageLink,
     Peers,
     PrefetchRequest,
+    Publication,
     Removal,
     Running,
     Status,
@@ -96,6 +97,27 @@ class Client:
 
     def unmount(self, mount_id: str) -> Mount:
         return self._ask("DELETE", f"/v1/mounts/{mount_id}", Mount, timeout_s=ANSWER_S)
+
+    def publications(self, *, timeout_s: float = ANSWER_S) -> list[Publication]:
+        return self._ask("GET", "/v1/publications", list[Publication], timeout_s=timeout_s)
+
+    def publish(self, name: str, request: MountRequest, *, timeout_s: float = RESOLVE_S) -> Mount:
+        """The mount of that name, to be bound by the caller: made, or the same as before with the right to it asked about anew.
+
+        Raises Conflict where the name is that of another request.
+        """
+        return self._ask("PUT", f"/v1/publications/{name}", Mount, request, timeout_s=timeout_s)
+
+    def publication(self, name: str, *, timeout_s: float = ANSWER_S) -> Mount:
+        """Raises Absent where there is none of that name."""
+        return self._ask("GET", f"/v1/publications/{name}", Mount, timeout_s=timeout_s)
+
+    def publication_bound(self, name: str, directory: str, *, timeout_s: float = ANSWER_S) -> Mount:
+        return self._ask("POST", f"/v1/publications/{name}/bound", Mount, Bound(directory), timeout_s=timeout_s)
+
+    def unpublish(self, name: str, *, timeout_s: float = ANSWER_S) -> Mount:
+        """Raises Absent where there is none of that name."""
+        return self._ask("DELETE", f"/v1/publications/{name}", Mount, timeout_s=timeout_s)
 
     def prefetch(self, request: PrefetchRequest) -> Job:
         return self._ask("POST", "/v1/prefetch", Job, request, timeout_s=RESOLVE_S)

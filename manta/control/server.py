@@ -31,6 +31,7 @@ from manta.control.protocol import (
     PageLink,
     Peers,
     PrefetchRequest,
+    Publication,
     Removal,
     Running,
     Status,
@@ -71,6 +72,11 @@ class Service(Protocol):
     async def mount(self, request: MountRequest) -> Mount: ...
     async def bound(self, mount_id: str, bound: Bound) -> Mount: ...
     async def unmount(self, mount_id: str) -> Mount: ...
+    async def publications(self) -> list[Publication]: ...
+    async def publish(self, name: str, request: MountRequest) -> Mount: ...
+    async def publication(self, name: str) -> Mount: ...
+    async def publication_bound(self, name: str, bound: Bound) -> Mount: ...
+    async def unpublish(self, name: str) -> Mount: ...
     async def prefetch(self, request: PrefetchRequest) -> Job: ...
     async def job(self, job_id: str) -> Job: ...
     async def cancel_job(self, job_id: str) -> Job: ...
@@ -88,7 +94,8 @@ class Service(Protocol):
     async def metrics(self) -> Answer: ...
 
 
-_Call = Callable[..., Awaitable[msgspec.Struct]]
+_Document = msgspec.Struct | list[Publication]
+_Call = Callable[..., Awaitable[_Document]]
 
 
 class ControlServer:
@@ -100,13 +107,18 @@ class ControlServer:
         self._http = HttpServer(self._answer, _refusal)
         # What may wait for the hub or for other nodes ends with its client: Ctrl-C means it. The others are quick, or half of them would be
         # worse than all.
-        self._abandoned = {service.mount, service.prefetch, service.cluster}
+        self._abandoned = {service.mount, service.publish, service.prefetch, service.cluster}
         # method, path (a group is an argument), what the body is, what to call
         routes: list[tuple[str, str, type[msgspec.Struct] | None, _Call]] = [
             ("GET", "/v1/status", None, service.status),
             ("POST", "/v1/mounts", MountRequest, service.mount),
             ("POST", "/v1/mounts/([^/]+)/bound", Bound, service.bound),
             ("DELETE", "/v1/mounts/([^/]+)", None, service.unmount),
+            ("GET", "/v1/publications", None, service.publications),
+            ("PUT", "/v1/publications/([^/]+)", MountRequest, service.publish),
+            ("GET", "/v1/publications/([^/]+)", None, service.publication),
+            ("POST", "/v1/publications/([^/]+)/bound", Bound, service.publication_bound),
+            ("DELETE", "/v1/publications/([^/]+)", None, service.unpublish),
             ("POST", "/v1/prefetch", PrefetchRequest, service.prefetch),
             ("GET", "/v1/jobs/([^/]+)", None, service.job),
             ("DELETE", "/v1/jobs/([^/]+)", None, service.cancel_job),
@@ -160,7 +172,7 @@ class ControlServer:
             log.exception("a control request failed in an unforeseen way")
             return _answer(500, Error("error", f"The daemon failed ({type(e).__name__}); its log has the details."))
 
-    def _find(self, method: str, target: str, body: bytes) -> partial[Awaitable[msgspec.Struct]]:
+    def _find(self, method: str, target: str, body: bytes) -> partial[Awaitable[_Document]]:
         """What is asked for, ready to be called. Raises Absent, Invalid."""
         for known_method, pattern, kind, call in self._routes:
             match = pattern.fullmatch(target)
@@ -180,5 +192,5 @@ def _refusal(error: MantaError) -> Answer:
     return _answer(status, Error(error.code, error.message))
 
 
-def _answer(status: int, document: msgspec.Struct) -> Answer:
+def _answer(status: int, document: _Document) -> Answer:
     return Answer(status, "application/json", msgspec.json.encode(document))

@@ -38,7 +38,7 @@ from manta.fetch.transfer import Transfer
 from manta.fetch.way import REFUSED_SECONDS, Way
 from manta.fetch.workers import Workers
 from manta.hub.circuit import Circuit, Circuits
-from manta.hub.origin import Location, Origin
+from manta.hub.origin import Access, Location, Origin
 from manta.model.ids import BlobId
 from manta.telemetry.events import Telemetry
 from manta.telemetry.meter import Meter
@@ -210,6 +210,11 @@ class Fetcher:
     def transfer(self, blob_id: str) -> Transfer | None:
         """The transfer of a blob that is in use, if it is."""
         return self._transfers.get(blob_id)
+
+    def forget(self, access: Access) -> None:
+        """A mount ended, or its token is another now: no location is used that was had by the one from before."""
+        for transfer in self._transfers.values():
+            transfer.sources.forget(access)
 
     def stop_background(self, blob_id: str) -> None:
         """Nobody cares for the whole of this blob any more; readers still get what they read."""
@@ -454,7 +459,10 @@ class Fetcher:
             location = transfer.sources.location
             if asked_already and location is None:
                 raise Unavailable(f"The hub did not say where {provenance} is.")
-            if location is None or location.told or location.stale(time.time()):
+            # Where it came of another's right it is not to be passed on, whatever it leads to.
+            by = transfer.sources.located_by
+            ours = by is not None and by.access == provenance.access
+            if location is None or not ours or location.told or location.stale(time.time()):
                 transfer.locating = True
                 try:
                     location = await self._locator.ask(transfer, lambda: True, shared=False)

@@ -75,6 +75,7 @@ class Locator:
                 shared = False  # once: then we ask ourselves
                 try:
                     if (told := await self._shared(provenance)) is not None and self._believable(told):
+                        sources.located_by = provenance
                         return told
                 except Throttled as e:
                     pause_s = min(max(e.retry_after_s, PAUSE_SECONDS), HEARD_SECONDS_MAX)
@@ -107,6 +108,7 @@ class Locator:
                 refusals[provenance] = e
             else:
                 asked.answered(location.origin)
+                sources.located_by = provenance
                 return location
             attempts = 0
             if len(refusals) >= ATTEMPTS_MAX or not sources.turn_to(provenance, refusals, self._elsewhere):

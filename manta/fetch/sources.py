@@ -35,6 +35,8 @@ class Sources:
     def __init__(self) -> None:
         self._provenances: list[Provenance] = []
         self.location: Location | None = None
+        self.located_by: Provenance | None = None
+        """The place whose question led to `location`."""
         self.misled = False
         """What another node said of the location was of no use: the hub is asked."""
 
@@ -63,6 +65,12 @@ class Sources:
         if other is not None:
             self.add(other)
         return other is not None
+
+    def forget(self, access: Access) -> None:
+        """Nobody asks by `access` any more as before: what it led to is not used again, and its places come last."""
+        if self.located_by is not None and self.located_by.access == access:
+            self.location = self.located_by = None
+        self._provenances.sort(key=lambda provenance: provenance.access == access)
 
     @property
     def best(self) -> Provenance:

@@ -188,7 +188,7 @@ class Totals:
 
 class Filesystem:
     """`fill`: complete in the background what was read from. `onward` hears of a blob that is read beyond its head.
-    `telemetry` hears of reads.
+    `telemetry` hears of reads. `whole` says of which files an open returns only when all of them is there.
 
     `native`: the session can hand files to the kernel. Then files of up to `complete_bytes_max` are fetched, verified and sealed while they
     are opened, for at most `complete_seconds_max`. `journal` is told what the next daemon must know.
@@ -206,7 +206,9 @@ class Filesystem:
         complete_bytes_max: int = 0,
         complete_seconds_max: float = COMPLETE_SECONDS_MAX,
         journal: Journal | None = None,
+        whole: Callable[[Provenance], bool] = lambda _: False,
     ) -> None:
+        self._whole = whole
         self._journal = journal or NoJournal()
         self._inodes = InodeTable(root, self._journal)
         self._blobs = blobs
@@ -337,8 +339,10 @@ class Filesystem:
         one that an earlier daemon took and did not answer comes again, and what was opened for it then is closed. Asks the hub nothing
         but, where small files are completed, for those; what becomes of that fetch is no error of the open.
 
+        Where the file is to be complete when its open returns (`whole`), that is waited for as a read would wait for its bytes.
+
         Raises Denied for what the hub hides from us, NoSpace and CacheBroken when the cache disk fails, Superseded where the kernel must
-        look the name up again.
+        look the name up again; for a file that is to be complete what `BlobHandle.read` does.
         """
         if request and (unanswered := self._requests.pop(request, None)) is not None:
             backing = self.close_file(unanswered)
@@ -363,6 +367,8 @@ class Filesystem:
     async def _open_blob(self, node: BlobNode, handle: BlobHandle, inode: int, pid: int, request: int) -> OpenedFile:
         blob = node.provenance.entry.blob
         cached, sealed = self._blobs.cached_bytes(node.provenance)
+        if blob is not None and not sealed and self._whole(node.provenance):
+            sealed = (await handle.complete()).blob.sealed
         if self.native and blob is not None and not sealed and node.size <= self._complete_bytes_max:
             sealed = await self._completed(handle, node.size)
         if blob is None or cached or sealed:

@@ -144,6 +144,28 @@ class BlobHandle:
             tally.disk_bytes += len(data)
         return data
 
+    async def complete(self) -> Transfer:
+        """Returns when all of it is in the cache. Raises as `read`, by the same deadline."""
+        try:
+            transfer, _ = self.attach()
+        except MantaError as e:
+            self._telemetry.read_failed(f"inode {self._opener.inode}", e)
+            raise
+        whole = Extent(0, transfer.blob.size)
+        if not transfer.readable(whole):
+            wait = self._begin_wait(transfer, whole)
+            try:
+                await transfer.ensure(whole)
+                for chunk in transfer.missing():  # what has just come, and is about to be recorded
+                    await transfer.supply(chunk, urgent=False)
+            except BaseException as e:
+                wait.failed(e)
+                if isinstance(e, MantaError):
+                    self._failed(transfer, e)
+                raise
+            wait.served(0)
+        return transfer
+
     def _begin_wait(self, transfer: Transfer, extent: Extent) -> ReadWait:
         blob = transfer.blob
         chunks, missing = blob.grid.chunks(extent), len(blob.missing(extent))

@@ -10,15 +10,19 @@ has shown it that tree, and then for GRANT_S. While the origin cannot be asked, 
 user mounts) goes on seeing what is stored: those bytes are on the owner's disk already. Anyone else, such as a pod with a token of its own,
 is refused until the origin can say. What a mount has been shown it holds for its life, and gets again after a restart of the daemon
 (`stored`), whatever the origin says by then.
+For pods `authorise` goes before: it has the origin asked about every repo, also one that was public when its tree was stored, and knows no
+owner. What it hears is remembered by repo and the digest of the token, for GRANT_S; and where a repo is hidden by now, with all its stored
+trees, so that they are nobody's for the asking when the origin is away.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar, cast
 from weakref import WeakValueDictionary
 
@@ -27,10 +31,10 @@ import trio
 from manta.errors import Absent, Denied, MantaError, Throttled, Unavailable, Unreachable
 from manta.hub.circuit import PATIENCE_S, Circuit
 from manta.hub.neighbours import Neighbours
-from manta.hub.origin import Access, Origin
+from manta.hub.origin import Access, Origin, Resolved
 from manta.hub.refusal import Question, gated
 from manta.model.ids import DEFAULT_REVISION, Commit, RepoId, is_commit
-from manta.model.snapshot import Snapshot
+from manta.model.snapshot import FileEntry, Snapshot
 
 T = TypeVar("T")
 
@@ -75,8 +79,9 @@ holds it anyway; the others are read from the store again in milliseconds."""
 MASKED_MAX = 16
 """Bound on the trees of gated repos kept for those who may not read them."""
 
-GRANT_S = 300.0
-"""How long an access that was shown a private or gated tree sees it without being asked for again. Mounts keep what they mounted."""
+GRANT_S = 60.0
+"""How long an access that was shown a private or gated tree, or was found to have the right to it, sees it without the origin being asked
+again. Mounts keep what they mounted."""
 
 NOTED_S = 600.0
 """How long the store's note of when a revision was last seen may lag: an unchanged ref is not written to the disk each time."""
@@ -94,6 +99,8 @@ class Resolution:
     """It is what the store remembers, because the origin could not be asked."""
     reason: str = ""
     """Why it could not be asked: a sentence; empty where it is not stale."""
+    hidden: bool = field(default=False, compare=False)
+    """The origin has just said that the repo is private or gated."""
 
 
 class Metadata(Protocol):
@@ -115,10 +122,15 @@ class Metadata(Protocol):
         """What a revision named last, and when that was."""
         ...
 
+    def mark(self, repo: RepoId, *, gated: bool, private: bool) -> None:
+        """Keeps with all trees of `repo` that it is gated or private, or neither."""
+        ...
+
 
 class Catalog:
     """See the module. `owner` is the daemon's own access; `clock` gives seconds since the epoch for what is stored; `circuit` is the
     origin's, which others that ask it may share. `neighbours`: other nodes, one of which asks the origin for all; None: there are none.
+    `latest` says with what the origin is asked on behalf of an access: see `manta.hub.identity`.
 
     Its methods raise what `manta.hub.origin.Origin` says, within `timeout_s` (that of the origin's own questions) for a revision and
     TREE_DEADLINES times that for a tree, plus BACKSTOP_S, and DISK_S for each use of the store. While the origin is known to be out of
@@ -137,8 +149,10 @@ class Catalog:
         clock: Callable[[], float] = time.time,
         circuit: Circuit | None = None,
         neighbours: Neighbours | None = None,
+        latest: Callable[[Access], Access] = lambda access: access,
     ) -> None:
         self._origin = origin
+        self._latest = latest
         self._neighbours = neighbours
         self._store = store
         self._nursery = nursery
@@ -153,6 +167,8 @@ class Catalog:
         self._refusals: _Lapsing[MantaError] = _Lapsing(ANSWERS_MAX)
         self._masked: _Lapsing[Snapshot] = _Lapsing(MASKED_MAX)
         self._grants: _Lapsing[bool] = _Lapsing(ANSWERS_MAX)
+        self._heard: _Lapsing[tuple[bool, bool]] = _Lapsing(ANSWERS_MAX)
+        self._marks: _Lapsing[tuple[bool, bool]] = _Lapsing(ANSWERS_MAX)
         self._noted: _Lapsing[Commit] = _Lapsing(ANSWERS_MAX)
         self._trees = _Trees()
 
@@ -183,18 +199,22 @@ class Catalog:
             stale = await self._remembered(repo, revision, self._offline_error(subject))
             self._resolutions.put(key, stale, CURRENT_S)
             return stale
+        hidden = False
         try:
             commit = None if self._neighbours is None else await self._neighbours.resolve(repo, revision)
-            if commit is None:
+            if commit is not None:
+                self._heard.put(self._right(repo, access), (False, False), GRANT_S)
+            else:
                 resolved = await self._ask(
                     key, self._timeout_s, lambda: self._origin.resolve(repo, revision, access), subject
                 )
-                commit = resolved.commit
+                await self._hear(resolved, access)
+                commit, hidden = resolved.commit, resolved.gated or resolved.private
         except Unavailable as error:
             stale = await self._remembered(repo, revision, error)
             self._resolutions.put(key, stale, _believed_s(error))
             return stale
-        resolution, now, named = Resolution(commit), self._clock(), commit
+        resolution, now, named = Resolution(commit, hidden=hidden), self._clock(), commit
         if not is_commit(revision) and self._noted.get((repo, revision)) != commit:
             await self._on_disk(lambda: self._store.save_ref(repo, revision, named, now))
             self._noted.put((repo, revision), commit, NOTED_S)
@@ -210,6 +230,86 @@ class Catalog:
                 raise why
             return Resolution(known, stale=True, reason=why.message)
         return Resolution(ref[0], stale=True, reason=why.message)
+
+    # Rights ----------------------------------------------------------------------------------------------------------
+
+    async def authorise(self, repo: RepoId, commit: Commit, access: Access) -> None:
+        """Returns where `access` may read `repo`, by the origin's word of the last GRANT_S, however much of it is stored; or where it is
+        public as far as is known and the origin cannot be asked. Nothing is said of a tree that is not stored: who lists it is told.
+
+        Raises Absent and Denied as the origin says, and Unavailable where it cannot be asked about a repo that is private or gated.
+        """
+        if self._grants.get(self._right(repo, access)) is None:
+            await self._shared(("right", repo, commit, access), lambda: self._authorise(repo, commit, access))
+
+    def hidden(self, snapshot: Snapshot) -> bool:
+        """Whether not everybody may see it, by the origin's latest word."""
+        return any(self._marks.get(snapshot.repo) or (snapshot.gated, snapshot.private))
+
+    async def _authorise(self, repo: RepoId, commit: Commit, access: Access) -> None:
+        known, right = await self._known_tree(repo, commit), self._right(repo, access)
+        if known is None:
+            return
+        key, subject = ("right", repo, access), f"{repo}@{commit[:12]}"
+        try:
+            if self._offline:
+                raise self._offline_error(subject)
+            if self._heard.get(right) is None and await self._told_public(known):
+                self._heard.put(right, (False, False), GRANT_S)
+            if self._heard.get(right) is None:
+                resolved = await self._ask(
+                    key, self._timeout_s, lambda: self._origin.resolve(repo, None, access), subject
+                )
+                await self._hear(resolved, access)
+            heard, until = self._heard.get(right) or (True, True), self._heard.until(right)
+            if heard != (known.gated, known.private):
+                await self._mark(repo, heard)
+            # An origin tells everybody about a gated repo, and gives its files to some.
+            entry = next(iter(known.files.values()), None) if heard[0] else None
+            if entry is not None:
+                await self._ask(("read", *key), self._timeout_s, lambda: self._read_one(known, entry, access), subject)
+                until = trio.current_time() + GRANT_S
+        except Absent:
+            # To whoever may not see it a private repo is one that does not exist.
+            await self._mark(repo, (known.gated, True))
+            raise
+        except Unavailable:
+            if self.hidden(known):
+                raise
+            return
+        self._grants.put(right, True, until - trio.current_time())
+
+    async def _told_public(self, known: Snapshot) -> bool:
+        """Whether the node that asks about the repo for all says that everybody may see it now."""
+        if self._neighbours is None or self.hidden(known):
+            return False
+        return await self._neighbours.resolve(known.repo, DEFAULT_REVISION) is not None
+
+    async def _read_one(self, known: Snapshot, entry: FileEntry, access: Access) -> None:
+        """Raises Denied where the origin does not give it."""
+        if not await self._origin.may_read(known.repo, known.commit, entry, access):
+            raise gated(Question(self._origin.endpoint, known.repo, known.commit, self._latest(access)))
+
+    async def _hear(self, resolved: Resolved, access: Access) -> None:
+        """What the origin says of a repo to one who may know of it."""
+        now = resolved.gated, resolved.private
+        self._heard.put(self._right(resolved.repo, access), now, GRANT_S)
+        await self._note(resolved.repo, now)
+
+    async def _note(self, repo: RepoId, now: tuple[bool, bool]) -> None:
+        """That a repo is public nobody needs to be told, but where it was not before."""
+        if any(now) or self._marks.get(repo) is not None:
+            await self._mark(repo, now)
+
+    async def _mark(self, repo: RepoId, now: tuple[bool, bool]) -> None:
+        """Whether the repo is gated, and whether it is private, holds for all its trees, also for those that are stored."""
+        if now != self._marks.get(repo):
+            self._marks.put(repo, now, math.inf)
+            await self._on_disk(lambda: self._store.mark(repo, gated=now[0], private=now[1]))
+
+    def _right(self, repo: RepoId, access: Access) -> Hashable:
+        """What is heard of a right is remembered under: never the repo alone, and the token of the moment, not who has it."""
+        return repo, self._latest(access).digest
 
     # Trees -----------------------------------------------------------------------------------------------------------
 
@@ -234,7 +334,7 @@ class Catalog:
         """Why nothing of a snapshot that `snapshot` gave for `access` can be read; None where it can."""
         if all(entry.blob is not None for entry in snapshot.files.values()):
             return None
-        return gated(Question(self._origin.endpoint, snapshot.repo, snapshot.commit, access))
+        return gated(Question(self._origin.endpoint, snapshot.repo, snapshot.commit, self._latest(access)))
 
     async def _snapshot(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
         known = await self._known_tree(repo, commit)
@@ -270,10 +370,11 @@ class Catalog:
             raise Unavailable(
                 f"{repo} is private or gated, and whether the token in use may read it cannot be asked now: {error.message}"
             ) from None
+        await self._note(repo, (shown.gated, shown.private))
         if self.denial(shown, access) is not None:
             self._masked.put(key, shown, DENIED_S)
             return shown
-        self._grants.put((repo, access), True, GRANT_S)
+        self._grants.put(self._right(repo, access), True, GRANT_S)
         if known is not None and (known.gated, known.private) == (shown.gated, shown.private):
             return known
         return await self._keep(shown)
@@ -297,7 +398,7 @@ class Catalog:
         return known
 
     def _may_see(self, snapshot: Snapshot, access: Access) -> bool:
-        return not (snapshot.gated or snapshot.private) or self._grants.get((snapshot.repo, access)) is not None
+        return not self.hidden(snapshot) or self._grants.get(self._right(snapshot.repo, access)) is not None
 
     # Asking ----------------------------------------------------------------------------------------------------------
 
@@ -433,6 +534,10 @@ class _Lapsing(Generic[T]):
             return None
         self._answers.move_to_end(key)
         return answer[0]
+
+    def until(self, key: Hashable) -> float:
+        """When it lapses; now, where there is none."""
+        return self._answers[key][1] if key in self._answers else trio.current_time()
 
     def put(self, key: Hashable, answer: T, seconds: float) -> None:
         self._answers[key] = (answer, trio.current_time() + seconds)

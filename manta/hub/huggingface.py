@@ -179,13 +179,14 @@ class HuggingFaceHub:
         masked = any(entry.blob is None for entry in files)
         if gated and files and not masked and not any(_is_lfs(entry) for entry in files):
             # Only LFS digests are ever masked, so this tree does not tell whether its files may be had.
-            masked = not await self._may_read(repo, commit, files[0], access)
+            masked = not await self.may_read(repo, commit, files[0], access)
         if masked:
             # Whoever may not have one file of a gated repo may have none, also of those that a cache shared with others holds.
             gated, files = True, [replace(entry, blob=None) for entry in files]
         return Snapshot.of(repo, commit, files, gated=gated, private=private)
 
-    async def _may_read(self, repo: RepoId, commit: Commit, entry: FileEntry, access: Access) -> bool:
+    async def may_read(self, repo: RepoId, commit: Commit, entry: FileEntry, access: Access) -> bool:
+        access = self._latest(access)
         request = self.location_request(repo, commit, entry.path, access)
 
         def ask(_: HfApi) -> None:

@@ -28,6 +28,10 @@ REFRESH_MARGIN_SHARE = 0.25
 """The margin is at most this share of the URL's life: a store that signs for 60 s must not be asked anew for every request."""
 
 
+POD = "pod"
+"""The holder of what a pod came with: equal tokens of pods are one access, which is never the daemon's own, whatever its token is."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Access:
     """Who asks the origin: the bearer of `token`, or nobody in particular (""). Its text never shows the token.
@@ -36,6 +40,8 @@ class Access:
     """
 
     token: str = ""
+    holder: str = ""
+    """Who came with it: "" is the daemon's user, POD a pod. Otherwise a mount, whose token of the moment `manta.hub.identity` knows."""
 
     def __post_init__(self) -> None:
         if not all("!" <= character <= "~" for character in self.token):
@@ -53,6 +59,15 @@ class Access:
         return not self.token
 
     @property
+    def of_pod(self) -> bool:
+        return self.holder == POD
+
+    @property
+    def digest(self) -> str:
+        """What an answer about it is remembered under: the token's sha256; "" for nobody in particular."""
+        return hashlib.sha256(self.token.encode()).hexdigest() if self.token else ""
+
+    @property
     def fingerprint(self) -> str:
         """Tells accesses apart in logs and status: 12 hex digits of the token's sha256, or "anonymous"."""
         return hashlib.sha256(self.token.encode()).hexdigest()[:12] if self.token else "anonymous"
@@ -63,7 +78,7 @@ class Access:
         return {"authorization": f"Bearer {self.token}"} if self.token else {}
 
     def __repr__(self) -> str:
-        return f"Access({self.fingerprint})"
+        return f"Access({self.fingerprint}{f' of {self.holder}' if self.holder else ''})"
 
 
 def default_access() -> Access:
@@ -177,6 +192,10 @@ class Origin(Protocol):
 
     async def snapshot(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
         """The whole tree of a commit. Where the origin shows the names and not the content to this access, no entry has a blob."""
+        ...
+
+    async def may_read(self, repo: RepoId, commit: Commit, entry: FileEntry, access: Access) -> bool:
+        """Whether the origin gives one file of a gated repo to this access. Raises Absent where the file is not there any more."""
         ...
 
     def location_request(self, repo: RepoId, commit: Commit, path: str, access: Access) -> OriginRequest:

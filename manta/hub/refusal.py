@@ -43,6 +43,20 @@ class Question:
         return f"{self.path!r} of {where}" if self.path else where
 
     @property
+    def log_in(self) -> str:
+        """What gives the asker another token: goes after "for a private repo", "then"."""
+        if not self.access.of_pod:
+            return "run `hf auth login` or set HF_TOKEN"
+        if self.access.is_anonymous:
+            return "name a secret of the pod's namespace in the volume's nodePublishSecretRef, with a token under the key `token`"
+        return "put such a token into the secret that the volume's nodePublishSecretRef names (key `token`)"
+
+    @property
+    def token(self) -> str:
+        """The token it was asked with, for a person."""
+        return "the token in the volume's secret" if self.access.of_pod else "the token in use"
+
+    @property
     def page(self) -> str:
         """Where a person looks at the repo."""
         return f"{self.endpoint}/{self.repo}"
@@ -78,22 +92,21 @@ def refusal(
         return Absent(f"{question.subject} does not exist on {hub}: {question.page} shows the files of each revision.")
     if status == 401 and not access.is_anonymous and code != "RepoNotFound":
         return Denied(
-            f"{hub} does not accept the token in use (asked for {question.subject}): it is wrong, expired or revoked."
-            " Run `hf auth login` or set HF_TOKEN; `hf auth whoami` tells whether a token works."
+            f"{hub} does not accept {question.token} (asked for {question.subject}): it is wrong, expired or revoked."
+            + (
+                " Put a valid one into the secret that the volume's nodePublishSecretRef names (key `token`)."
+                if access.of_pod
+                else " Run `hf auth login` or set HF_TOKEN; `hf auth whoami` tells whether a token works."
+            )
         )
     if status == 401:
         return Absent(
-            f"{repo} does not exist on {hub}, or it is private: check the name; for a private repo run `hf auth login`"
-            " or set HF_TOKEN."
+            f"{repo} does not exist on {hub}, or it is private: check the name; for a private repo {question.log_in}."
         )
     if status in {404, 410} or code == "RepoNotFound":
         if question.path:
-            return Absent(f"{question.subject} does not exist on {hub}, or the token in use may not see it.")
-        hidden = (
-            "the token in use may not see it"
-            if access.token
-            else "it is private: then run `hf auth login` or set HF_TOKEN"
-        )
+            return Absent(f"{question.subject} does not exist on {hub}, or {question.token} may not see it.")
+        hidden = f"{question.token} may not see it" if access.token else f"it is private: then {question.log_in}"
         return Absent(
             f"{repo} does not exist on {hub}, or {hidden}. Check the name; datasets/ and spaces/ go before it."
         )
@@ -101,7 +114,7 @@ def refusal(
         advice = (
             "The token may lack a permission (fine-grained tokens name their repos), or the hub has disabled the repo"
             if access.token
-            else "It may need a token (`hf auth login` or HF_TOKEN), or the hub has disabled the repo"
+            else f"It may need a token ({question.log_in}), or the hub has disabled the repo"
         )
         return Denied(f"{hub} refuses {question.subject} (HTTP {status}{hint}). {advice}: see {question.page}.")
     if status == 400:
@@ -120,8 +133,11 @@ def refusal(
 def gated(question: Question) -> Denied:
     """The error for a gated repo that the access in use may not read."""
     if question.access.is_anonymous:
+        return Denied(f"{question.repo} is gated: ask for access at {question.page}, then {question.log_in}.")
+    if question.access.of_pod:
         return Denied(
-            f"{question.repo} is gated: ask for access at {question.page}, then run `hf auth login` or set HF_TOKEN."
+            f"{question.repo} is gated and the account of {question.token} has no access to it: accept its conditions or ask for access at"
+            f" {question.page}; or, for an account that has it, {question.log_in}."
         )
     return Denied(
         f"{question.repo} is gated and the account of the token in use has no access to it: ask for it at"

@@ -154,6 +154,12 @@ class Housekeeping:
             await trio.to_thread.run_sync(self._pins.add, name, blobs, time.time())
         return await self.listing(set().union(*chosen.values()))
 
+    async def keep(self, name: str, blobs: Iterable[BlobId]) -> None:
+        """Pins `blobs` as `name`, unless they are."""
+        wanted, pinned = frozenset(blobs), self._pins.pins.get(name)
+        if pinned is None or pinned.blobs != wanted:
+            await trio.to_thread.run_sync(self._pins.add, name, wanted, time.time())
+
     async def unpin(self, names: list[str]) -> CacheListing:
         """Takes names as they were given to `pin`. No names: all pins."""
         chosen: set[BlobId] = set()

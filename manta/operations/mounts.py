@@ -5,8 +5,9 @@ the caller's mount namespace), and says so (`bound`). It ends when the caller sa
 (plain umount, fusermount3 -u). Without root there are no bind mounts: then the one mount is the root of the filesystem itself.
 Runs in the daemon's trio thread.
 
-Where mounts outlive the daemon, the journal has what the next one needs to show the same: each mount with its token, what it has frozen
-and which trees it has been shown. `restore` makes them again of stored trees, without asking the hub.
+Where mounts outlive the daemon, the journal has what the next one needs to show the same: each mount with its name and token, what it has
+frozen and which trees it has been shown. `restore` makes them again of stored trees, without asking the hub. Mounts that have a name are
+`manta.operations.publications`'; what a mount has been shown is `manta.operations.scope`'s.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import trio
 
 from manta.cache.store import Store
-from manta.control.protocol import Mount, MountRequest
-from manta.errors import Absent, InUse, Invalid, MantaError
+from manta.control.protocol import SMALL_BYTES_MAX, Mount, MountRequest
+from manta.errors import Absent, Denied, InUse, Invalid, MantaError
 from manta.fetch.sources import Provenance
-from manta.fs.journal import Frozen, Journal, NoJournal, Recovered, RecoveredMount, Showed
+from manta.fs.journal import Journal, NoJournal, Recovered, RecoveredMount
 from manta.fs.nodes import Folder, Node
 from manta.fs.views import AwaitedFolder, HubCacheFolder, HubFolder, SnapshotFolder
-from manta.hub.catalog import Catalog, Resolution
+from manta.hub.catalog import Catalog
+from manta.hub.identity import Identity
 from manta.hub.origin import Access
-from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, RepoId, RepoKind, Target, parse_target
-from manta.model.snapshot import Contents, Snapshot
-from manta.operations.failures import Failures
+from manta.model.ids import DEFAULT_REVISION, BlobId, Commit, Target, parse_target
+from manta.model.snapshot import Contents
+from manta.operations.failures import RECENT_PER_MOUNT, Failures
+from manta.operations.scope import MountScope
 from manta.telemetry.events import FileRate
 
 log = logging.getLogger(__name__)
@@ -39,147 +42,12 @@ log = logging.getLogger(__name__)
 BIND_SECONDS_MAX = 60.0
 """A directory that nobody has bound after this long belonged to a caller that died."""
 
-FROZEN_MAX = 1000
-"""Repos that one mount of the whole hub may have opened."""
-
-TREES_MAX = 1000
-"""Trees that one mount may hold in memory: of the repos it has opened and, in the hub-cache view, of each commit that was asked for or
-that a ref has meant since. A tree of a hundred files is about 60 KB."""
-
-FILES_MAX = 1_000_000
-"""Files of all those trees, counted before the latest: 600 MB."""
-
 RESTORE_SECONDS_MAX = 20.0
 """How long `restore` waits for stored trees: a tree of 10,000 files takes 40 ms, while the kernel's requests wait. What has not come by
 then is looked for when it is asked for."""
 
 
 _NO_RATES: Mapping[BlobId, FileRate] = {}
-
-
-@dataclass(eq=False)
-class MountScope:
-    """One mount's view of the hub: its right to read, and the commits it has frozen. What `manta.fs.views` calls a SnapshotSource."""
-
-    access: Access
-    _catalog: Catalog
-    _store: Store
-    _frozen: dict[tuple[RepoId, str | None], Resolution] = field(default_factory=dict)
-    _snapshots: dict[tuple[RepoId, Commit], Snapshot] = field(default_factory=dict)
-    _awaited: dict[tuple[RepoId, Commit], None] = field(default_factory=dict)
-    """Trees that an earlier daemon held for this mount, and that were not found yet."""
-    _journal: Journal = field(default_factory=NoJournal)
-    _mount: str = ""
-
-    async def freeze(self, repo: RepoId, revision: str | None) -> Commit:
-        """Raises InUse when the mount shows FROZEN_MAX repos already."""
-        key = repo, revision
-        if key not in self._frozen:
-            if len(self._frozen) >= FROZEN_MAX:
-                raise InUse(
-                    f"This mount shows {FROZEN_MAX} repos already; unmount it and mount it again, or mount {repo} alone."
-                )
-            resolution = await self._catalog.resolve(repo, revision, self.access)
-            if key not in self._frozen:
-                self._frozen[key] = resolution
-                self._journal.frozen(self._mount, _frozen(repo, revision, resolution))
-        return self._frozen[key].commit
-
-    async def current(self, repo: RepoId, revision: str) -> Commit:
-        return (await self._catalog.current(repo, revision, self.access)).commit
-
-    async def snapshot(self, repo: RepoId, commit: Commit) -> Snapshot:
-        """Held as long as the mount, so that it outlives the repo. Raises Denied where nothing of it may be read."""
-        key = repo, commit
-        if key not in self._snapshots:
-            files = sum(len(held.files) for held in self._snapshots.values())
-            if len(self._snapshots) >= TREES_MAX or files >= FILES_MAX:
-                raise InUse(
-                    f"This mount shows {len(self._snapshots)} commits with {files} files already; unmount it and mount it again, or mount"
-                    f" {repo} alone."
-                )
-            snapshot = await self._catalog.stored(repo, commit) if key in self._awaited else None
-            if snapshot is None:
-                snapshot = await self._catalog.snapshot(repo, commit, self.access)
-                if (denial := self._catalog.denial(snapshot, self.access)) is not None:
-                    raise denial
-            if key not in self._snapshots:
-                self._snapshots[key] = snapshot
-                self._awaited.pop(key, None)
-                self._journal.showed(self._mount, Showed(_written(repo), commit))
-        return self._snapshots[key]
-
-    def frozen(self) -> Mapping[tuple[RepoId, str | None], Commit]:
-        """What has been frozen and can be shown: one repo that may not be read must not spoil a listing of the others."""
-        return {
-            (repo, revision): resolution.commit
-            for (repo, revision), resolution in self._frozen.items()
-            if (repo, resolution.commit) in self._snapshots
-        }
-
-    def commit(self, repo: RepoId, revision: str | None) -> Commit:
-        """What is frozen for it. Raises Invalid where nothing is."""
-        if (repo, revision) not in self._frozen:
-            raise Invalid(f"{repo} was not frozen by the daemon before.")
-        return self._frozen[repo, revision].commit
-
-    def stale(self, repo: RepoId, revision: str | None) -> bool:
-        """Whether what is frozen is what the cache remembered, because the hub could not be asked."""
-        return self._frozen[repo, revision].stale
-
-    def cached_bytes(self, snapshot: Snapshot, folder: str) -> int:
-        return self._store.cached_of(snapshot.contents_of(folder).blobs)
-
-    def shown(self, repo: RepoId) -> Sequence[Commit]:
-        return [commit for shown, commit in self._snapshots if shown == repo]
-
-    def follow(self, journal: Journal, mount: str) -> None:
-        """From now on `journal` is told what this mount freezes and is shown."""
-        self._journal, self._mount = journal, mount
-
-    def rewrite(self) -> None:
-        """Tells the journal all of it."""
-        for (repo, revision), resolution in self._frozen.items():
-            self._journal.frozen(self._mount, _frozen(repo, revision, resolution))
-        for repo, commit in (*self._snapshots, *self._awaited):
-            self._journal.showed(self._mount, Showed(_written(repo), commit))
-
-    def recover(self, recovered: RecoveredMount) -> None:
-        """Takes over what it had frozen and held, of which `load` finds the trees. Raises Invalid."""
-        for frozen in recovered.frozen:
-            self._frozen[_read(frozen.repo), frozen.revision] = Resolution(Commit(frozen.commit), stale=frozen.stale)
-        for showed in recovered.showed:
-            self._awaited[_read(showed.repo), Commit(showed.commit)] = None
-
-    async def load(self) -> None:
-        """Finds the trees that an earlier daemon held, as far as they are stored."""
-        for key in list(self._awaited):
-            if (snapshot := await self._catalog.stored(*key)) is not None:
-                self._snapshots[key] = snapshot
-                del self._awaited[key]
-
-    @property
-    def held(self) -> Mapping[tuple[RepoId, Commit], Snapshot]:
-        """What `snapshot` has given so far."""
-        return self._snapshots
-
-
-def _frozen(repo: RepoId, revision: str | None, resolution: Resolution) -> Frozen:
-    return Frozen(_written(repo), revision, resolution.commit, resolution.stale)
-
-
-def _written(repo: RepoId) -> str:
-    """With its kind in any case: an organisation may be called "datasets"."""
-    return f"{repo.kind.value}/{repo.name}"
-
-
-def _read(text: str) -> RepoId:
-    """Raises Invalid for what `_written` did not write."""
-    kind, _, name = text.partition("/")
-    try:
-        return RepoId(RepoKind(kind), name)
-    except ValueError as e:
-        raise Invalid(f"{text!r} is no repo.") from e
 
 
 class _Content(msgspec.Struct, frozen=True):
@@ -192,6 +60,7 @@ class _Content(msgspec.Struct, frozen=True):
     """Seconds since the epoch."""
     confirmed: bool
     seen: bool = False
+    publication: str = ""
 
 
 @dataclass(eq=False)
@@ -200,7 +69,7 @@ class Mounted:
 
     id: str
     request: MountRequest
-    """Without its token, which is `scope.access` and shows in no text."""
+    """Without its token, which is `scope.asking` and shows in no text."""
     target: Target | None
     """None for the whole hub."""
     commit: Commit | None
@@ -214,6 +83,10 @@ class Mounted:
     """The caller says that it has bound it."""
     seen: bool = False
     """Its binding was in our mountinfo. One in another mount namespace never is, and cannot be missed either."""
+    publication: str = ""
+    """Its name, where it has one."""
+    refusal: str = ""
+    """Why the hub would not let it be mounted now, as it said when it was asked last: a sentence."""
 
 
 class _Blobs(Container[BlobId]):
@@ -251,7 +124,7 @@ class _RootFolder(Folder):
 
 class Mounts:
     """`root` is where the daemon's filesystem is mounted; None: mounts are direct. `gone` hears of each mount that ended, `journal` of all
-    that the next daemon must know."""
+    that the next daemon must know. `identity` keeps the tokens that mounts came with; None: they ask by those for good."""
 
     def __init__(
         self,
@@ -260,12 +133,15 @@ class Mounts:
         root: Path | None,
         gone: Callable[[Mounted], None],
         journal: Journal | None = None,
+        identity: Identity | None = None,
     ) -> None:
+        self._identity = identity
         self._catalog = catalog
         self._store = store
         self._root = root
         self._gone = gone
         self._mounted: dict[str, Mounted] = {}
+        self._published: dict[str, Mounted] = {}
         self._made = 0
         self._journal = journal or NoJournal()
         self._journal.rewritten_by(self._rewrite)
@@ -293,14 +169,52 @@ class Mounts:
     def __len__(self) -> int:
         return len(self._mounted)
 
-    async def create(self, request: MountRequest, access: Access) -> Mounted:
-        """Resolves and freezes, and shows the directory. Raises what the hub says, Invalid for a bad request, InUse for a second direct
-        one."""
+    @property
+    def published(self) -> Mapping[str, Mounted]:
+        """Those that have a name."""
+        return self._published
+
+    async def create(self, request: MountRequest, access: Access, publication: str = "") -> Mounted:
+        """Resolves and freezes, and shows the directory; by a name that none has so far, the hub is asked for the right in any case.
+        Raises what the hub says, Invalid for a bad request, InUse for a second direct one."""
         target = parse_target(request.target) if request.target else None
-        scope = MountScope(access, self._catalog, self._store)
+        if target is None and (request.pin or request.prefetch == "background"):
+            raise Invalid(
+                "The whole hub can be neither pinned nor fetched in the background: name a repo, or leave both away."
+            )
         self._made += 1
         slug = "hub" if target is None else target.repo.name.replace("/", "--")
         mount_id = f"{self._made}-{slug}"
+        scope = self._scope(mount_id, access, publication)
+        try:
+            mounted = await self._created(mount_id, target, request, scope, publication)
+        except BaseException:
+            self._release(mount_id)
+            raise
+        self._show(mounted)
+        scope.follow(self._journal, mount_id)
+        # The mount last: where the daemon dies before that, the next one has never heard of it.
+        self._journal.numbered(self._made)
+        scope.rewrite()
+        self._record(mounted)
+        log.info(
+            "mount %s: %s at %s for %s", mount_id, request.target or "the hub", mounted.commit or "-", request.directory
+        )
+        return mounted
+
+    def _scope(self, mount_id: str, access: Access, publication: str) -> MountScope:
+        held = access
+        if self._identity is not None and (publication or access != self._catalog.owner):
+            held = self._identity.hold(mount_id, access)
+        return MountScope(held, self._catalog, self._store, asking=access, checked=bool(publication))
+
+    def _release(self, mount_id: str) -> None:
+        if self._identity is not None:
+            self._identity.release(mount_id)
+
+    async def _created(
+        self, mount_id: str, target: Target | None, request: MountRequest, scope: MountScope, publication: str
+    ) -> Mounted:
         commit = contents = None
         if target is not None:
             commit = await scope.freeze(target.repo, target.revision)
@@ -312,18 +226,18 @@ class Mounts:
                 f"Without root a daemon serves one mount, and it serves {other.directory}. Unmount that first, run as root, or give this"
                 " mount a cache of its own with --cache-dir."
             )
-        request = msgspec.structs.replace(request, token="")
-        mounted = Mounted(
-            mount_id, request, target, commit, contents, scope, root, trio.current_time(), request.directory
+        return Mounted(
+            mount_id,
+            msgspec.structs.replace(request, token=""),
+            target,
+            commit,
+            contents,
+            scope,
+            root,
+            trio.current_time(),
+            request.directory,
+            publication=publication,
         )
-        self._show(mounted)
-        scope.follow(self._journal, mount_id)
-        # The mount last: where the daemon dies before that, the next one has never heard of it.
-        self._journal.numbered(self._made)
-        scope.rewrite()
-        self._record(mounted)
-        log.info("mount %s: %s at %s for %s", mount_id, request.target or "the hub", commit or "-", request.directory)
-        return mounted
 
     @staticmethod
     def _root_of(
@@ -344,6 +258,8 @@ class Mounts:
 
     def _show(self, mounted: Mounted) -> None:
         self._mounted[mounted.id] = mounted
+        if mounted.publication:
+            self._published[mounted.publication] = mounted
         if self.direct:
             # The top is the mount itself: what it lacks it goes on lacking.
             self.folder.lifetime_s = mounted.root.lifetime_s
@@ -355,11 +271,38 @@ class Mounts:
         self._record(mounted)
         return mounted
 
+    def take_over(self, mounted: Mounted, access: Access, *, anonymous: bool) -> None:
+        """It is read by `access` from now on, also by what is open; and who has not bound it yet has as long as at first."""
+        if self._identity is not None:
+            self._identity.hold(mounted.id, access)
+        mounted.scope.asking = access
+        mounted.request = msgspec.structs.replace(mounted.request, anonymous=anonymous)
+        mounted.created = trio.current_time() if not mounted.confirmed else mounted.created
+        self._record(mounted)
+
+    async def authorise(self, mounted: Mounted) -> None:
+        """Asks whether it could be mounted now. Raises Denied where not, which is noted with the mount, and it stays as it is; Unavailable
+        where that cannot be said. Of a mount of the whole hub each repo is asked about when it is opened."""
+        if mounted.target is None or mounted.commit is None:
+            return
+        try:
+            await mounted.scope.authorise(mounted.target.repo, mounted.commit)
+        except (Absent, Denied) as e:
+            refusal = f"What {mounted.directory} shows may not be read any more; what is cached of it stays readable. {e.message}"
+            if refusal != mounted.refusal:
+                log.warning("mount %s: %s", mounted.id, refusal)
+            mounted.refusal = refusal
+            raise Denied(refusal) from None
+        mounted.refusal = ""
+
     def remove(self, mount_id: str) -> Mounted:
-        """The directory is gone; open files in it stay readable until they are closed."""
+        """The directory is gone; open files in it stay readable until they are closed. Its token is not used any more."""
         mounted = self[mount_id]
         self._journal.unmounted(mount_id)
         del self._mounted[mount_id]
+        if self._published.get(mounted.publication) is mounted:
+            del self._published[mounted.publication]
+        self._release(mount_id)
         log.info("mount %s ended (%s)", mount_id, mounted.directory)
         self._gone(mounted)
         return mounted
@@ -377,7 +320,7 @@ class Mounts:
     # Across daemons ------------------------------------------------------------------------------------------------------
 
     def _record(self, mounted: Mounted) -> None:
-        access = mounted.scope.access
+        access = mounted.scope.asking
         token = access.token if access != self._catalog.owner else ""
         content = _Content(
             msgspec.structs.replace(mounted.request, token=token),
@@ -385,6 +328,7 @@ class Mounts:
             time.time() - (trio.current_time() - mounted.created),
             mounted.confirmed,
             mounted.seen,
+            mounted.publication,
         )
         self._journal.mounted(mounted.id, msgspec.json.encode(content))
 
@@ -394,9 +338,10 @@ class Mounts:
             mounted.scope.rewrite()
             self._record(mounted)
 
-    async def restore(self, recovered: Recovered, access: Callable[[str], Access]) -> None:
+    async def restore(self, recovered: Recovered, access: Callable[[MountRequest, str], Access]) -> None:
         """Makes the mounts of an earlier daemon again, before anything else is mounted or served. Asks the hub nothing: where a tree is not
-        stored, its names fail until the hub gives it. `access` is who asks for a token that a mount came with, "" for the daemon's own.
+        stored, its names fail until the hub gives it. `access` is who asks for a mount, by its request (the token is "" for the daemon's
+        own) and its name.
         """
         self._made = max(self._made, recovered.mounts_so_far)
         for mount_id, kept in recovered.mounts.items():
@@ -412,15 +357,15 @@ class Mounts:
                 mounted.root = self._root_of(mounted.id, mounted.target, mounted.request, mounted.scope, mounted.commit)
             except MantaError as e:
                 log.error("mount %s shows nothing: %s", mounted.id, e.message)
-            awaited = mounted.target is not None and self._contents(mounted) is None
+            awaited = mounted.target is not None and self.contents(mounted) is None
             log.info("mount %s goes on%s", mounted.id, ", its tree is asked for when it is used" if awaited else "")
 
-    def _restored(self, mount_id: str, kept: RecoveredMount, access: Callable[[str], Access]) -> Mounted:
+    def _restored(self, mount_id: str, kept: RecoveredMount, access: Callable[[MountRequest, str], Access]) -> Mounted:
         """Without trees so far. Raises Invalid, msgspec.DecodeError."""
         content = msgspec.json.decode(kept.content, type=_Content)
         request = msgspec.structs.replace(content.request, token="")
         target = parse_target(request.target) if request.target else None
-        scope = MountScope(access(content.request.token), self._catalog, self._store)
+        scope = self._scope(mount_id, access(content.request, content.publication), content.publication)
         scope.recover(kept)
         scope.follow(self._journal, mount_id)
         commit: Commit | None = None
@@ -440,10 +385,11 @@ class Mounts:
             content.directory,
             content.confirmed,
             content.seen,
+            content.publication,
         )
 
     @staticmethod
-    def _contents(mounted: Mounted) -> Contents | None:
+    def contents(mounted: Mounted) -> Contents | None:
         """Of the mounted folder: None for the whole hub, and while its tree is awaited."""
         target, commit = mounted.target, mounted.commit
         if mounted.contents is None and target is not None and commit is not None:
@@ -467,9 +413,20 @@ class Mounts:
         shown = {key: snapshot for mounted in self for key, snapshot in mounted.scope.held.items()}
         return _Blobs([snapshot.contents.blobs for snapshot in shown.values()])
 
+    def opens_whole(self, provenance: Provenance) -> bool:
+        """Whether a file is to be complete when its open returns: a small one, that a mount shows which was asked for so."""
+        blob = provenance.entry.blob
+        return provenance.entry.size <= SMALL_BYTES_MAX and any(
+            blob in snapshot.contents.blobs
+            for mounted in self._mounted.values()
+            if mounted.request.prefetch == "blocking-open"
+            for snapshot in mounted.scope.held.values()
+        )
+
     def provenances(self, blob: BlobId) -> Iterator[Provenance]:
-        """Every place where a mount shows `blob`. Looks through all their files: for when something is wrong with the place in use."""
-        for mounted in self._mounted.values():
+        """Every place where a mount shows `blob`; those that the hub refused last come last. Looks through all their files: for when
+        something is wrong with the place in use. Each mount was shown the blob by its own right (docs/architecture.md, Whose right)."""
+        for mounted in sorted(self._mounted.values(), key=lambda mounted: bool(mounted.refusal)):
             scope = mounted.scope
             for (repo, commit), snapshot in scope.held.items():
                 for entry in snapshot.showing(blob):
@@ -482,7 +439,7 @@ class Mounts:
         """
         scope, target = mounted.scope, mounted.target
         whole_hub = [snapshot.contents for snapshot in scope.held.values()]
-        contents = self._contents(mounted)
+        contents = self.contents(mounted)
         shown = [contents] if contents is not None else whole_hub
         return Mount(
             id=mounted.id,
@@ -496,10 +453,14 @@ class Mounts:
             size=sum(contents.size for contents in shown),
             cached=sum(self._store.cached_of(contents.blobs) for contents in shown),
             stale=target is not None and scope.stale(target.repo, target.revision),
-            errors=failures.of(scope.held),
+            errors=[*failures.of(scope.held), *filter(None, [mounted.refusal])][-RECENT_PER_MOUNT:],
             rate=sum(
                 rate.bytes_per_second
                 for blob, rate in rates.items()
                 if any(blob in contents.blobs for contents in shown)
             ),
+            publication=mounted.publication,
+            prefetch=mounted.request.prefetch,
+            pin=mounted.request.pin,
+            pod=mounted.request.pod,
         )

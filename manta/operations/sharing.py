@@ -149,14 +149,14 @@ class Sharing:
         except trio.TooSlowError:
             raise Unavailable(f"The tree of {of} did not come within {PLACE_SECONDS:g} s.") from None
         entry = snapshot.files.get(path)
-        if entry is None or (entry.blob, entry.size) != (blob, size) or (public and _hidden(snapshot)):
+        if entry is None or (entry.blob, entry.size) != (blob, size) or (public and self._catalog.hidden(snapshot)):
             raise unknown
         return Provenance(of, snapshot.commit, entry, access)
 
     async def _public(self, name: str) -> Answer:
         """Whether a blob may be given to everybody: where a public repo has it."""
         blob = parse_blob_id(name)
-        if any(not _hidden(s) and blob in s.contents.blobs for s in self._mounted()):
+        if any(not self._catalog.hidden(s) and blob in s.contents.blobs for s in self._mounted()):
             return Answer(200)
         # Only of what is here: looking through all trees takes a while, and one at a time.
         if self._store.find(blob) is not None and await trio.to_thread.run_sync(
@@ -195,6 +195,8 @@ class Sharing:
                 raise unknown from None
             if resolution.stale:
                 raise Unavailable(f"The hub could not be asked about {repo}: {resolution.reason}")
+            if resolution.hidden:  # whatever it was when its trees were stored
+                raise unknown
             commit, age_s = resolution.commit, 0.0
         snapshot = await self._catalog.stored(repo, commit)
         if snapshot is None and not request.known:
@@ -202,7 +204,7 @@ class Sharing:
                 snapshot = await self._catalog.snapshot(repo, commit, self._access())
             except (Absent, Denied):
                 raise unknown from None
-        if snapshot is None or _hidden(snapshot):
+        if snapshot is None or self._catalog.hidden(snapshot):
             raise unknown
         return Answer(200, encode(Resolved(commit=commit, age_s=age_s)))
 
@@ -211,7 +213,7 @@ class Sharing:
         if not is_commit(request.commit):
             raise Invalid(f"{request.commit[:50]!r} is no commit.")
         snapshot = await self._catalog.stored(repo, Commit(request.commit))
-        if snapshot is None or _hidden(snapshot):
+        if snapshot is None or self._catalog.hidden(snapshot):
             raise Absent(f"No tree of {repo} at {request.commit[:12]} is here that everybody may know.")
         data = await trio.to_thread.run_sync(self._metadata.encoded, repo, snapshot.commit, abandon_on_cancel=True)
         if data is None:

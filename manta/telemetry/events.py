@@ -341,6 +341,10 @@ class Telemetry:
             return sum(map(len, self._waits.values()))
         return len(self._waits.get(blob, ()))
 
+    def waiting_by_blob(self) -> dict[BlobId, int]:
+        """How many reads wait for bytes of each blob that any waits for."""
+        return {blob: len(waits) for blob, waits in self._waits.items()}
+
     # Fetches ---------------------------------------------------------------------------------------------------------
 
     def question(self, blob: BlobId, file: str, origin: str) -> Question:

@@ -1,8 +1,8 @@
 """Every metric of the daemon: name, unit, help, labels, here and only here. Served as /metrics by `manta.daemon`.
 
 Names and units follow https://prometheus.io/docs/practices/naming/. Labels have values from fixed lists, but for the kinds of a hub's
-quotas, which `manta.hub.huggingface` bounds at eight, and the ids of NODES_MAX other nodes: no repo, file, host or process id is ever a
-label.
+quotas, which `manta.hub.huggingface` bounds at eight, the ids of NODES_MAX other nodes, and the pods and repos of VOLUMES_MAX volumes,
+whose series go with them: no file, host or process id is ever a label.
 What happens is counted by `manta.telemetry.events`; what is (`State`) is asked for when somebody looks. Belongs to the trio thread.
 """
 
@@ -58,6 +58,9 @@ MEMBER_STATES: tuple[str, ...] = get_args(MemberState)
 NODES_MAX = 64
 """Nodes that have a label of their own: two series each. The others are counted together, as "other"."""
 
+VOLUMES_MAX = 512
+"""Volumes of pods that have series of their own: four each. `manta_volumes` counts them all."""
+
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Seconds: from a near hub's round trip to the reader's deadline (60 s)."""
 
@@ -101,6 +104,20 @@ class SwarmState:
     origin_multiple: float | None
 
 
+class Volume(NamedTuple):
+    """What a pod has mounted of a repo. Sizes in bytes, `rate` in bytes per second."""
+
+    namespace: str
+    pod: str
+    repo: str
+    """"" for the whole hub."""
+    size: int = 0
+    cached: int = 0
+    rate: float = 0.0
+    waiting: int = 0
+    """Reads that wait for bytes of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """What is so right now. `workers` are (role, process id); `disk_free` is None where the disk does not say."""
@@ -120,6 +137,9 @@ class State:
     workers: Sequence[tuple[str, int]]
     swarm: SwarmState | None = None
     """None without one."""
+    volumes: Sequence[Volume] = ()
+    """At most VOLUMES_MAX, with no pod and repo twice."""
+    volumes_total: int = 0
 
 
 class Metrics:
@@ -320,6 +340,16 @@ class Metrics:
             ("sound", "damaged", "repaired"),
         )
 
+        # Volumes of pods
+        labels = ["namespace", "pod", "repo"]
+        self.volumes = gauge("manta_volumes", "Volumes of pods.")
+        self.volume_size = gauge(
+            "manta_volume_bytes", "Bytes that a pod's volume shows; of the first 512 volumes.", labels
+        )
+        self.volume_cached = gauge("manta_volume_cached_bytes", "Those of them that are in the cache.", labels)
+        self.volume_rate = gauge("manta_volume_bytes_per_second", "Bytes that come for it now.", labels)
+        self.volume_waiting = gauge("manta_volume_reads_waiting", "Reads that wait for bytes of it now.", labels)
+
         # The filesystem and the processes
         self.mounts = gauge("manta_mounts", "Mounts.")
         self.open_files = gauge("manta_open_files", "File handles that the kernel has open.")
@@ -390,6 +420,19 @@ class Metrics:
             pids = [pid for of, pid in state.workers if of == role]
             self.workers.labels(role).set(len(pids))
             self.worker_memory.labels(role).set(sum(self._count_cpu(role, pid) for pid in pids))
+
+        self._take_volumes(state)
+
+    def _take_volumes(self, state: State) -> None:
+        self.volumes.set(state.volumes_total)
+        for metric in (self.volume_size, self.volume_cached, self.volume_rate, self.volume_waiting):
+            metric.clear()
+        for volume in state.volumes:
+            labels = volume.namespace, volume.pod, volume.repo
+            self.volume_size.labels(*labels).set(volume.size)
+            self.volume_cached.labels(*labels).set(volume.cached)
+            self.volume_rate.labels(*labels).set(volume.rate)
+            self.volume_waiting.labels(*labels).set(volume.waiting)
 
     def _count_cpu(self, role: str, pid: int) -> int:
         """Counts what the worker has used since it was last looked at; returns the memory it has."""

@@ -239,3 +239,19 @@ def test_what_is_no_tree_is_invalid_and_nothing_else(plain: bytes) -> None:
 def test_noise_is_no_tree(noise: bytes) -> None:
     with pytest.raises(Invalid):
         decode_snapshot(noise, REPO, COMMIT)
+
+
+def test_what_a_repo_is_by_now_holds_for_all_its_trees_and_for_no_others(tmp_path: Path) -> None:
+    store = MetadataStore(tmp_path)
+    repo, other = RepoId(RepoKind.MODEL, "org/marked"), RepoId(RepoKind.MODEL, "org/other")
+    commits = [Commit(letter * 40) for letter in "ab"]
+    for of in (repo, other):
+        for commit in commits:
+            store.save_snapshot(Snapshot.of(of, commit, [FileEntry("x", 3, None, "1" * 40)]))
+    store.mark(repo, gated=False, private=True)
+    for commit in commits:
+        marked, unmarked = MetadataStore(tmp_path).snapshot(repo, commit), store.snapshot(other, commit)
+        assert marked is not None
+        assert unmarked is not None
+        assert (marked.gated, marked.private, list(marked.files)) == (False, True, ["x"])
+        assert not unmarked.private

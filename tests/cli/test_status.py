@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from manta.control.protocol import FileTransfer, Swarm
+from manta.control.protocol import FileTransfer, Pod, Swarm
 from tests.cli.conftest import Manta
 from tests.cli.fake_daemon import COMMIT, FakeDaemon
 
@@ -46,6 +47,25 @@ def test_status_shows_what_the_daemon_knows(manta: Manta, daemon: FakeDaemon, pl
     document = manta("status", "--json").json
     assert document["mounts"][0]["commit"] == COMMIT
     assert document["transfers"][0]["cached"] == 250
+
+
+def test_a_pods_volumes_are_shown_by_its_uid_and_its_name(manta: Manta, daemon: FakeDaemon, place: Path) -> None:
+    for name in ("here", "there"):
+        manta("mount", "org/name", place / name)
+    daemon.transfers = [FileTransfer("sha256-x", f"org/{repo}/file", 1000, 250) for repo in ("name", "names")]
+    pod = Pod("0a1b", "server-0", "default", "csi-1")
+    daemon.mounts["2"] = msgspec.structs.replace(daemon.mounts["2"], pod=pod, publication="p", errors=["Refused."])
+    out = manta("status").out
+    for words in (str(place / "here"), "pod default/server-0", "READS THAT FAILED IN pod default/server-0"):
+        assert words in out
+    for asked in ("0a1b", "default/server-0"):
+        document = manta("status", "--json", "--pod", asked).json
+        assert [mount["id"] for mount in document["mounts"]] == ["2"]
+        assert document["mounts"][0]["pod"]["uid"] == "0a1b"
+        assert [transfer["name"] for transfer in document["transfers"]] == ["org/name/file"]
+    done = manta("status", "--pod", "default/server")
+    assert done.code != 0
+    assert "No pod default/server has a volume of Manta on this node" in done.err
 
 
 def test_what_other_nodes_give_is_said(manta: Manta, daemon: FakeDaemon) -> None:

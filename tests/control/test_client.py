@@ -98,6 +98,10 @@ def test_every_call_asks_what_the_protocol_says(daemon: FakeDaemon) -> None:
         "directory": "/mnt",
         "view": "hub-cache",
         "token": "hf_token",
+        "anonymous": False,
+        "prefetch": "none",
+        "pin": False,
+        "pod": None,
     }
     assert daemon.requests[12].body == {"size": 5, "dry_run": True}
 

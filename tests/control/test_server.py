@@ -31,6 +31,7 @@ from manta.control.protocol import (
     PageLink,
     Peers,
     PrefetchRequest,
+    Publication,
     Removal,
     Status,
     VerifyRequest,
@@ -41,6 +42,7 @@ from manta.errors import BY_CODE, Absent, Corrupt, Denied, Invalid, MantaError, 
 T = TypeVar("T")
 
 MOUNT = Mount("1-a--b", "a/b", "main", "1" * 40, "tree", "/run/root/1-a--b", "/mnt", 3, 100, 10, False, ["größe"])
+PUBLICATIONS = [Publication("a", "1-a--b", "/mnt", protocol.Pod("u-1", "server-0", "größe"))]
 JOB = Job("7", "prefetch", "running", "a/b@1", 3, 1, 100, 10, 5.0, [])
 BLOB = Blob("sha256-" + "0" * 64, 10, 5, False, True, False, 1.5, ["a/b@1/größe"])
 LISTING = CacheListing([BLOB], 5, 0)
@@ -112,6 +114,21 @@ class ScriptedService:
 
     async def unmount(self, mount_id: str) -> Mount:
         return await self._say(MOUNT, "unmount", mount_id)
+
+    async def publications(self) -> list[Publication]:
+        return await self._say(PUBLICATIONS, "publications")
+
+    async def publish(self, name: str, request: MountRequest) -> Mount:
+        return await self._say(MOUNT, "publish", name, request)
+
+    async def publication(self, name: str) -> Mount:
+        return await self._say(MOUNT, "publication", name)
+
+    async def publication_bound(self, name: str, bound: Bound) -> Mount:
+        return await self._say(MOUNT, "publication_bound", name, bound)
+
+    async def unpublish(self, name: str) -> Mount:
+        return await self._say(MOUNT, "unpublish", name)
 
     async def prefetch(self, request: PrefetchRequest) -> Job:
         return await self._say(JOB, "prefetch", request)
@@ -204,6 +221,11 @@ CALLS: list[tuple[Callable[[Client], object], object, tuple[object, ...]]] = [
     (lambda c: c.mount(REQUEST), MOUNT, ("mount", REQUEST)),
     (lambda c: c.bound("1-a--b", "/mnt"), MOUNT, ("bound", "1-a--b", Bound("/mnt"))),
     (lambda c: c.unmount("1-a--b"), MOUNT, ("unmount", "1-a--b")),
+    (lambda c: c.publications(), PUBLICATIONS, ("publications",)),
+    (lambda c: c.publish("a", REQUEST), MOUNT, ("publish", "a", REQUEST)),
+    (lambda c: c.publication("a"), MOUNT, ("publication", "a")),
+    (lambda c: c.publication_bound("a", "/mnt"), MOUNT, ("publication_bound", "a", Bound("/mnt"))),
+    (lambda c: c.unpublish("a"), MOUNT, ("unpublish", "a")),
     (lambda c: c.prefetch(PrefetchRequest("a/b", "hf_x")), JOB, ("prefetch", PrefetchRequest("a/b", "hf_x"))),
     (lambda c: c.job("7"), JOB, ("job", "7")),
     (lambda c: c.cancel("7"), JOB, ("cancel", "7")),

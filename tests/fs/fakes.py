@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -58,7 +59,8 @@ def hidden(path: str, size: int = 100) -> FileEntry:
 class MemoryHub:
     """The bytes of blobs, the trees of commits and what revisions name. It is an Origin, and `workers` have its bytes.
 
-    `failure` is what becomes of every question, `denied` who may read nothing, `asked` what was asked.
+    `failure` is what becomes of every question, `denied` who may read nothing, `asked` what was asked and `tokens` with which.
+    `gated` and `private` have the tokens that may read such a repo. `latest` says with what is asked on behalf of an access.
     """
 
     endpoint = "https://hub.example"
@@ -70,6 +72,10 @@ class MemoryHub:
         self.denied: set[Access] = set()
         self.failure: MantaError | None = None
         self.asked: list[str] = []
+        self.tokens: list[str] = []
+        self.gated: dict[RepoId, set[str]] = {}
+        self.private: dict[RepoId, set[str]] = {}
+        self.latest: Callable[[Access], Access] = lambda access: access
         self.workers = FakeWorkers()
 
     def add(self, entry: FileEntry, data: bytes) -> FileEntry:
@@ -95,29 +101,46 @@ class MemoryHub:
             self.refs[repo, revision] = commit
         return snapshot
 
-    async def _answer(self, question: str) -> None:
+    async def _answer(self, question: str, repo: RepoId, access: Access) -> None:
         self.asked.append(question)
+        self.tokens.append(self.latest(access).token)
         await trio.lowlevel.checkpoint()
         if self.failure is not None:
             raise self.failure
+        if repo in self.private and self.tokens[-1] not in self.private[repo]:
+            raise Absent(f"{repo} does not exist, or it is private.")
+
+    def _hidden(self, repo: RepoId) -> tuple[bool, bool]:
+        """Whether it is gated, and whether private: as said here, or by any of its trees."""
+        trees = [tree for (of, _), tree in self.trees.items() if of == repo]
+        return repo in self.gated or any(t.gated for t in trees), repo in self.private or any(t.private for t in trees)
+
+    def _masks(self, repo: RepoId, access: Access) -> bool:
+        return access in self.denied or (repo in self.gated and self.latest(access).token not in self.gated[repo])
 
     async def resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolved:
-        await self._answer(f"resolve {repo}@{revision}")
+        await self._answer(f"resolve {repo}@{revision}", repo, access)
         commit = self.refs.get((repo, revision))
         if commit is None and revision is not None and (repo, Commit(revision)) in self.trees:
             commit = Commit(revision)
         if commit is None:
             raise Absent(f"{repo} has no revision {revision!r}.")
-        return Resolved(repo, revision, commit, gated=False, private=False, canonical=repo)
+        gated, private = self._hidden(repo)
+        return Resolved(repo, revision, commit, gated=gated, private=private, canonical=repo)
 
     async def snapshot(self, repo: RepoId, commit: Commit, access: Access) -> Snapshot:
-        await self._answer(f"snapshot {repo}@{commit[0]}")
+        await self._answer(f"snapshot {repo}@{commit[0]}", repo, access)
         if (repo, commit) not in self.trees:
             raise Absent(f"{repo} has no commit {commit}.")
-        if access in self.denied:
+        if self._masks(repo, access):
             masked = [FileEntry(f.path, f.size, None, f.git_oid) for f in self.trees[repo, commit].files.values()]
             return Snapshot.of(repo, commit, masked, gated=True)
-        return self.trees[repo, commit]
+        gated, private = self._hidden(repo)
+        return replace(self.trees[repo, commit], gated=gated, private=private)
+
+    async def may_read(self, repo: RepoId, commit: Commit, entry: FileEntry, access: Access) -> bool:
+        await self._answer(f"read {repo}@{commit[0]}/{entry.path}", repo, access)
+        return not self._masks(repo, access)
 
     def location_request(self, repo: RepoId, commit: Commit, path: str, access: Access) -> OriginRequest:
         return OriginRequest(f"{self.endpoint}/{repo.kind.value}/{repo.name}/{commit}/{path}", {})
@@ -134,7 +157,8 @@ class MemoryHub:
         headers: Mapping[str, str],
         now: float,
     ) -> Location:
-        if access in self.denied:
+        self.tokens.append(self.latest(access).token)
+        if self._masks(repo, access) or (repo in self.private and self.tokens[-1] not in self.private[repo]):
             raise Denied(f"{repo} may not be read with this token. Ask for access.")
         if status == 404:
             raise Absent(f"{repo}/{entry.path} is gone from the hub.")

@@ -731,6 +731,31 @@ async def test_a_small_file_is_complete_when_it_is_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.trio
+async def test_a_file_that_is_to_be_whole_is_complete_when_it_is_open_and_its_errors_are_the_opens(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    async with bench(tmp_path) as b:
+        files = [b.hub.lfs("whole.bin", WEIGHTS), b.hub.plain("config.json", CONFIG)]
+        root = SnapshotFolder(b.source, b.hub.commit(MODEL, FIRST, files, "main"))
+        whole = files[0].blob
+        fs = Filesystem(root, b.blobs, b.telemetry, fill=False, whole=lambda place: place.entry.blob == whole)
+        found = await fs.look_up(ROOT, b"whole.bin")
+        b.hub.denied.add(ACCESS)
+        with pytest.raises(Denied):
+            await fs.open_file(found.inode)
+        assert (fs.open_files, b.blobs.opened) == (0, 0)
+        assert any("may not be read" in failure for failure in b.blobs.failures)
+        b.hub.denied.clear()
+        mock_clock.jump(10)
+        opened = await fs.open_file(found.inode)
+        assert (await fs.extended_attributes(found.inode))["user.manta.cached_bytes"] == str(len(WEIGHTS))
+        fs.close_file(opened.handle)
+        assert b.telemetry.waiting() == 0
+        await fs.open_file((await fs.look_up(ROOT, b"config.json")).inode)
+        assert b.blobs.store.find(files[1].blob) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.trio
 async def test_small_files_opened_at_once_are_fetched_once(tmp_path: Path) -> None:
     async with native_bench(tmp_path) as b:
         inode = await b.inode(b"config")

@@ -54,6 +54,8 @@ class FakeOrigin:
 
     async def resolve(self, repo: RepoId, revision: str | None, access: Access) -> Resolved:
         await self._answer(f"resolve {repo}@{revision}")
+        if (repo, revision) not in self.refs and revision is None:
+            revision = "main"
         at = (
             Commit(revision) if revision and (repo, Commit(revision)) in self.trees else self.refs.get((repo, revision))
         )
@@ -69,6 +71,10 @@ class FakeOrigin:
         if repo in self.members and access not in self.members[repo]:
             files = [replace(file, blob=None) for file in files]
         return Snapshot.of(repo, commit, files, gated=repo in self.members, private=repo in self.private)
+
+    async def may_read(self, repo: RepoId, commit: Commit, entry: FileEntry, access: Access) -> bool:
+        await self._answer(f"read {repo}@{commit[0]}/{entry.path}")
+        return repo not in self.members or access in self.members[repo]
 
     def location_request(self, repo: RepoId, commit: Commit, path: str, access: Access) -> OriginRequest:
         return location.location_request(self.endpoint, repo, commit, path, access)

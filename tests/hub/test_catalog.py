@@ -26,7 +26,7 @@ from manta.hub.catalog import (
 )
 from manta.hub.circuit import PATIENCE_S, PROBE_S
 from manta.hub.huggingface import HuggingFaceHub
-from manta.hub.origin import Access, Origin
+from manta.hub.origin import POD, Access, Origin
 from manta.model.ids import Commit, RepoId, RepoKind
 from manta.model.snapshot import Snapshot
 from manta.testing.hub import CommitSpec, HubProcess, HubSpec, RepoSpec, Text
@@ -59,6 +59,12 @@ class MemoryStore:
     def snapshot(self, repo: RepoId, commit: Commit) -> Snapshot | None:
         self._touch()
         return self.trees.get((repo, commit))
+
+    def mark(self, repo: RepoId, *, gated: bool, private: bool) -> None:
+        self._touch()
+        for (of, at), tree in self.trees.items():
+            if of == repo:
+                self.trees[of, at] = replace(tree, gated=gated, private=private)
 
     def save_ref(self, repo: RepoId, revision: str, commit: Commit, when: float) -> None:
         self._touch()
@@ -639,6 +645,155 @@ async def test_without_a_hub_the_owner_goes_on_and_strangers_wait(
     for access in (STRANGER, ANONYMOUS):
         with pytest.raises(Unavailable, match="private or gated, and whether the token in use may read it"):
             await catalog.snapshot(REPO, A, access)
+
+
+# A pod's right, asked at each publish ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(gated: FakeOrigin, store: MemoryStore) -> FakeOrigin:
+    """Everything is stored, as somebody who may read it has left it."""
+    store.trees[REPO, A] = Snapshot.of(REPO, A, gated.trees[REPO, A], gated=True)
+    return gated
+
+
+@pytest.mark.parametrize("access", [STRANGER, ANONYMOUS])
+@pytest.mark.trio
+async def test_who_may_not_read_a_gated_repo_is_refused_with_all_of_it_stored(
+    catalog: Catalog, shown: FakeOrigin, access: Access
+) -> None:
+    await catalog.authorise(REPO, A, MEMBER)
+    with pytest.raises(Denied, match=r"https://hub\.example/org/name"):
+        await catalog.authorise(REPO, A, access)
+
+
+@pytest.mark.trio
+async def test_a_pod_is_told_which_secret_and_which_page(catalog: Catalog, shown: FakeOrigin) -> None:
+    for access, words in (
+        (Access("", POD), "name a secret of the pod's namespace"),
+        (Access("hf_pods", POD), "accept its conditions or ask for access at"),
+    ):
+        with pytest.raises(Denied, match=words) as caught:
+            await catalog.authorise(REPO, A, access)
+        assert "nodePublishSecretRef" in caught.value.message
+        assert "hf auth login" not in caught.value.message
+        assert "hf_pods" not in caught.value.message
+
+
+@pytest.mark.trio
+async def test_a_repo_that_turned_private_is_refused_also_by_its_commit_and_from_then_on_without_the_origin(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore, nursery: trio.Nursery, mock_clock: MockClock
+) -> None:
+    tree = await catalog.snapshot(REPO, A, ANONYMOUS)
+    await catalog.authorise(REPO, A, ANONYMOUS)
+    origin.failure = Absent("org/name does not exist, or it is private.")
+    await catalog.authorise(REPO, A, ANONYMOUS)  # remembered
+    mock_clock.jump(GRANT_S)
+    with pytest.raises(Absent, match="private"):
+        await catalog.authorise(REPO, A, ANONYMOUS)
+    origin.failure = DOWN
+    mock_clock.jump(ABSENT_S)
+    with pytest.raises(Unavailable):
+        await catalog.authorise(REPO, A, ANONYMOUS)
+    assert catalog.hidden(tree)
+    later = Catalog(origin, store, nursery)
+    with pytest.raises(Unavailable):
+        await later.authorise(REPO, A, ANONYMOUS)
+    # And back.
+    origin.failure = None
+    mock_clock.jump(UNAVAILABLE_S)
+    await later.authorise(REPO, A, ANONYMOUS)
+    origin.failure = DOWN
+    await Catalog(origin, store, nursery).authorise(REPO, A, ANONYMOUS)
+
+
+@pytest.mark.trio
+async def test_that_a_repo_turned_private_holds_for_its_older_commits(
+    catalog: Catalog, origin: FakeOrigin, store: MemoryStore, mock_clock: MockClock
+) -> None:
+    await catalog.snapshot(REPO, A, ANONYMOUS)
+    origin.private.add(REPO)
+    origin.add(REPO, "main", B, [entry("new")])
+    await catalog.snapshot(REPO, (await catalog.resolve(REPO, "main", MEMBER)).commit, MEMBER)
+    assert all(tree.private for tree in store.trees.values())
+    origin.failure = DOWN
+    mock_clock.jump(GRANT_S)
+    with pytest.raises(Unavailable):
+        await catalog.authorise(REPO, A, ANONYMOUS)
+
+
+@pytest.mark.trio
+async def test_a_right_is_the_tokens_and_is_remembered_for_a_minute(
+    catalog: Catalog, shown: FakeOrigin, mock_clock: MockClock
+) -> None:
+    await catalog.authorise(REPO, A, MEMBER)
+    asked = len(shown.asked)
+    for _ in range(3):
+        await catalog.authorise(REPO, A, MEMBER)
+        await catalog.authorise(REPO, A, Access(MEMBER.token, POD))
+    assert len(shown.asked) == asked
+    shown.members[REPO].clear()
+    mock_clock.jump(60.0)
+    with pytest.raises(Denied):
+        await catalog.authorise(REPO, A, MEMBER)
+
+
+@pytest.mark.trio
+async def test_what_was_heard_of_a_repo_does_not_prolong_the_minute(
+    catalog: Catalog, origin: FakeOrigin, mock_clock: MockClock
+) -> None:
+    await catalog.snapshot(REPO, A, ANONYMOUS)
+    await catalog.resolve(REPO, "main", ANONYMOUS)
+    mock_clock.jump(GRANT_S - 1)
+    await catalog.authorise(REPO, A, ANONYMOUS)
+    origin.failure = Absent("It is private now.")
+    mock_clock.jump(1)
+    with pytest.raises(Absent):
+        await catalog.authorise(REPO, A, ANONYMOUS)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.trio
+async def test_without_an_origin_what_is_public_goes_on_and_a_right_only_while_it_is_remembered(
+    shown: FakeOrigin, store: MemoryStore, nursery: trio.Nursery, mock_clock: MockClock, offline: bool
+) -> None:
+    public = RepoId(RepoKind.MODEL, "org/public")
+    store.trees[public, B] = Snapshot.of(public, B, [entry("x")])
+    catalog = Catalog(shown, store, nursery, offline=offline, owner=MEMBER)
+    if not offline:
+        await catalog.authorise(REPO, A, MEMBER)
+    shown.failure = DOWN
+    await catalog.authorise(public, B, ANONYMOUS)
+    if not offline:
+        await catalog.authorise(REPO, A, MEMBER)
+        mock_clock.jump(GRANT_S)
+    for access in (MEMBER, STRANGER, ANONYMOUS):  # the owner too: it is a pod that asks
+        with pytest.raises(Unavailable):
+            await catalog.authorise(REPO, A, access)
+
+
+@pytest.mark.trio
+async def test_many_pods_are_one_question(catalog: Catalog, shown: FakeOrigin) -> None:
+    shown.hold()
+    async with trio.open_nursery() as pods:
+        for _ in range(50):
+            pods.start_soon(catalog.authorise, REPO, A, MEMBER)
+        await wait_all_tasks_blocked()
+        shown.open.set()
+    assert shown.asked == ["resolve org/name@None", "read org/name@a/config.json"]
+
+
+@pytest.mark.trio
+async def test_a_new_token_of_the_daemon_is_asked_about_anew(
+    shown: FakeOrigin, store: MemoryStore, nursery: trio.Nursery
+) -> None:
+    latest = {MEMBER: MEMBER}
+    catalog = Catalog(shown, store, nursery, owner=MEMBER, latest=lambda access: latest.get(access, access))
+    await catalog.authorise(REPO, A, MEMBER)
+    shown.members[REPO].clear()
+    latest[MEMBER] = STRANGER
+    with pytest.raises(Denied):
+        await catalog.authorise(REPO, A, MEMBER)
 
 
 @pytest.mark.trio

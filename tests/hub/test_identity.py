@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from manta.errors import Denied
+from manta.errors import Denied, Invalid
 from manta.hub import identity as module
 from manta.hub.identity import TOKENS_MAX, Identity
 from manta.hub.origin import Access
@@ -86,3 +86,50 @@ async def test_it_looks_now_and_then(nursery: trio.Nursery, monkeypatch: pytest.
     with trio.fail_after(20):
         while identity.latest(FIRST) != SECOND:
             await trio.sleep(0.01)
+
+
+# The tokens that mounts came with -----------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_pod_without_a_token_is_nobody_whatever_the_daemon_has() -> None:
+    saved = Saved(Access.anonymous())
+    identity = Identity(Access.anonymous(), saved.read)
+    pod = identity.of_pod("", anonymous=True)
+    held = identity.hold("1-a", pod)
+    saved.access = FIRST
+    await identity.look()
+    assert identity.latest(pod).is_anonymous
+    assert identity.latest(held).is_anonymous
+    assert identity.latest(identity.of_pod("", anonymous=False)) == FIRST
+
+
+@pytest.mark.trio
+async def test_a_pods_token_stays_its_own_where_the_daemon_has_the_same() -> None:
+    saved = Saved(FIRST)
+    identity = Identity(FIRST, saved.read)
+    pod = identity.of_pod("hf_first", anonymous=False)
+    saved.access = SECOND
+    await identity.look()
+    assert identity.latest(pod).token == "hf_first"
+    assert identity.latest(identity.hold("1-a", pod)).token == "hf_first"
+    assert pod != identity.access
+
+
+def test_what_a_mount_is_read_by_changes_with_its_token_and_ends_with_it() -> None:
+    identity = Identity(FIRST, Saved(FIRST).read)
+    held = identity.hold("1-a", identity.of_pod("hf_old", anonymous=False))
+    assert identity.hold("1-a", identity.of_pod("hf_new", anonymous=False)) == held
+    assert identity.latest(held).token == "hf_new"
+    assert identity.latest(identity.hold("2-b", identity.access)) == FIRST
+    assert not identity.is_released(held)
+    assert "hf_" not in repr(held)
+    identity.release("1-a")
+    assert identity.latest(held).is_anonymous
+    assert identity.is_released(held)
+    assert not identity.is_released(FIRST)
+
+
+def test_a_token_and_none_at_once_is_a_contradiction() -> None:
+    with pytest.raises(Invalid, match="anonymous"):
+        Identity(FIRST, Saved(FIRST).read).of_pod("hf_x", anonymous=True)

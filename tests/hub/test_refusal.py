@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from manta.errors import Absent, Denied, Invalid, MantaError, Throttled, Unavailable
-from manta.hub.origin import Access
+from manta.hub.origin import POD, Access
 from manta.hub.refusal import Question, refusal, unusable
 from manta.model.ids import RepoId, RepoKind
 
@@ -53,6 +53,19 @@ def test_a_refusal_says_what_was_asked_what_happened_and_what_to_do(
         assert word in error.message
     assert error.message.endswith(".")
     assert "hf_secret" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(401, {}), (404, {}), (403, {"x_error_code": "GatedRepo"}), (401, {"x_error_code": "RepoNotFound"}), (403, {})],
+)
+@pytest.mark.parametrize("token", ["", "hf_secret"])
+def test_what_a_pod_is_told_is_for_who_writes_its_manifest(status: int, headers: dict[str, Any], token: str) -> None:
+    message = said(asked(Access(token, POD)), status, **headers).message
+    assert "hf auth login" not in message
+    assert "HF_TOKEN" not in message
+    assert "hf_secret" not in message
+    assert "nodePublishSecretRef" in message or "volume's secret" in message or "The token may lack" in message
 
 
 def test_a_missing_file_is_told_from_a_missing_repo() -> None:

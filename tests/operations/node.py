@@ -12,12 +12,15 @@ from manta.cache.metadata import MetadataStore
 from manta.cache.pins import Pins
 from manta.config import CacheConfig
 from manta.control.protocol import Job, Mount, MountRequest
+from manta.fs.journal import Journal
 from manta.hub.catalog import Catalog
+from manta.hub.identity import Identity
 from manta.model.ids import BlobId, parse_target
 from manta.operations.failures import Failures
 from manta.operations.housekeeping import Housekeeping
 from manta.operations.jobs import Jobs
 from manta.operations.mounts import Mounted, Mounts
+from manta.operations.publications import Publications
 from manta.operations.room import Room
 from manta.operations.verification import Verification
 from manta.telemetry.events import Telemetry
@@ -27,7 +30,9 @@ from tests.fs.fakes import ACCESS, Blobs, MemoryHub, fetching
 class Node:
     """One daemon's operations. `gone`, `ended` and `discarded` are what they told the daemon."""
 
-    def __init__(self, hub: MemoryHub, blobs: Blobs, nursery: trio.Nursery, root: Path | None) -> None:
+    def __init__(
+        self, hub: MemoryHub, blobs: Blobs, nursery: trio.Nursery, root: Path | None, journal: Journal | None = None
+    ) -> None:
         store = blobs.store
         self.hub = hub
         self.blobs = blobs
@@ -35,13 +40,18 @@ class Node:
         self.telemetry = Telemetry()
         self.metadata = MetadataStore(store.layout.meta)
         self.pins = Pins(store.layout.pins)
-        self.catalog = Catalog(hub, self.metadata, nursery, owner=ACCESS)
+        self.identity = Identity(ACCESS, lambda: ACCESS)
+        hub.latest = self.identity.latest
+        self.catalog = Catalog(hub, self.metadata, nursery, owner=ACCESS, latest=self.identity.latest)
         self.failures = Failures()
         self.gone: list[str] = []
         self.ended = 0
         self._one_ended = trio.Event()
         self.discarded: list[BlobId] = []
-        self.mounts = Mounts(self.catalog, store, root, lambda mounted: self.gone.append(mounted.id))
+        self.mounts = Mounts(
+            self.catalog, store, root, lambda mounted: self.gone.append(mounted.id), journal, self.identity
+        )
+        self.publications = Publications(self.mounts, self.identity, self._keep, blobs.fetcher.forget)
         self.verification = Verification(
             store, self.metadata, hub.workers, blobs.fetcher, self.discarded.append, self.telemetry
         )
@@ -55,6 +65,11 @@ class Node:
 
     def room_with(self, config: CacheConfig) -> Room:
         return Room(self.store, self.pins, config, self.mounts.blobs, self.telemetry)
+
+    async def _keep(self, mounted: Mounted) -> None:
+        contents = self.mounts.contents(mounted)
+        assert contents is not None
+        await self.housekeeping.keep(mounted.request.target, contents.blobs)
 
     def _count_ended(self) -> None:
         self.ended += 1

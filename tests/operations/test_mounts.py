@@ -13,8 +13,9 @@ from manta.fetch.sources import Provenance
 from manta.fs.nodes import Folder, TextNode
 from manta.hub.origin import Access
 from manta.model.ids import Commit
-from manta.operations import mounts as mounts_module
-from manta.operations.mounts import BIND_SECONDS_MAX, Mounted, MountScope
+from manta.operations import scope as scope_module
+from manta.operations.mounts import BIND_SECONDS_MAX, Mounted
+from manta.operations.scope import MountScope
 from tests.fs.fakes import ACCESS, CHUNK, FIRST, MODEL, OTHER, SECOND, THIRD, MemoryHub, content, lfs, plain
 from tests.operations.node import Node, node
 
@@ -74,7 +75,7 @@ async def test_status_says_what_is_mounted(tmp_path: Path, hub: MemoryHub) -> No
 async def test_the_callers_token_is_kept_where_no_text_shows_it(tmp_path: Path, hub: MemoryHub) -> None:
     async with node(tmp_path, hub) as n:
         mounted = await n.mounts.create(MountRequest("org/name", "/models", token="hf_callers"), Access("hf_callers"))
-        assert mounted.scope.access == Access("hf_callers")
+        assert mounted.scope.asking == n.identity.latest(mounted.scope.access) == Access("hf_callers")
         assert "hf_callers" not in repr(mounted)
         assert "hf_callers" not in str(n.describe(mounted))
 
@@ -258,8 +259,8 @@ async def test_a_mount_holds_what_it_has_shown(tmp_path: Path, hub: MemoryHub) -
 async def test_what_a_mount_may_hold_is_bounded(
     bound: str, tmp_path: Path, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts_module, "FROZEN_MAX", 2)
-    monkeypatch.setattr(mounts_module, bound, 1)
+    monkeypatch.setattr(scope_module, "FROZEN_MAX", 2)
+    monkeypatch.setattr(scope_module, bound, 1)
     async with node(tmp_path, hub) as n:
         mount = scope(n)
         await mount.freeze(MODEL, None)

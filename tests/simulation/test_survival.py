@@ -94,7 +94,7 @@ class Daemon:
     async def after(cls, dead: Daemon) -> Daemon:
         journal, recovered = Journal.open(dead.kill())
         daemon = cls(dead.hub, dead.blobs, dead.nursery, journal)
-        await daemon.mounts.restore(recovered, lambda token: Access(token) if token else ACCESS)
+        await daemon.mounts.restore(recovered, lambda request, _: Access(request.token) if request.token else ACCESS)
         daemon.fs.recover(recovered)
         return daemon
 

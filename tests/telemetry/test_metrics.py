@@ -11,18 +11,20 @@ from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from manta.telemetry.metrics import Metrics, SwarmState
+from manta.telemetry.metrics import Metrics, SwarmState, Volume
 from manta.wire.peering import MemberState
 from tests.telemetry.scrape import STATE, samples
 
 LABELS = {
     "version", "python", "fuse", "outcome", "source", "result", "reason", "request", "kind", "role", "le", "state", "node",
+    "namespace", "pod", "repo",
 }  # fmt: skip
-"""None names a repo, a file, a host or a process: those have no bound. `node` has one (NODES_MAX)."""
+"""None names a file, a host or a process: those have no bound. `node` has one (NODES_MAX), pods and repos have (VOLUMES_MAX)."""
 
 
 def test_names_helps_units_and_labels_follow_the_conventions() -> None:
-    families = list(text_string_to_metric_families(Metrics().rendered(STATE).decode()))
+    state = replace(STATE, volumes=[Volume("default", "server-0", "org/name", 10)])
+    families = list(text_string_to_metric_families(Metrics().rendered(state).decode()))
     assert len(families) > 40
     for family in families:
         assert re.fullmatch(r"(manta|process)_[a-z_]+", family.name), family.name
@@ -89,6 +91,22 @@ def test_a_swarm_is_shown_as_given_and_none_as_nothing() -> None:
     alone = samples(Metrics())
     assert alone["manta_peer_members{state=up}"] == alone["manta_peer_upload_slots"] == 0
     assert math.isnan(alone["manta_origin_multiple_ratio"])
+
+
+def test_the_series_of_a_volume_go_with_it() -> None:
+    metrics = Metrics()
+    volumes = [Volume("default", "server-0", "org/name", 1000, 500, 2.5, 3), Volume("other", 'po"d', "", 7)]
+    values = samples(metrics, replace(STATE, volumes=volumes, volumes_total=600))
+    labels = "{namespace=default,pod=server-0,repo=org/name}"
+    assert values["manta_volumes"] == 600
+    assert values[f"manta_volume_bytes{labels}"] == 1000
+    assert values[f"manta_volume_cached_bytes{labels}"] == 500
+    assert values[f"manta_volume_bytes_per_second{labels}"] == 2.5
+    assert values[f"manta_volume_reads_waiting{labels}"] == 3
+    later = samples(metrics, replace(STATE, volumes=volumes[1:], volumes_total=1))
+    assert [name for name in later if name.startswith("manta_volume_bytes{")] == [
+        'manta_volume_bytes{namespace=other,pod=po"d,repo=}'
+    ]
 
 
 def test_the_tally_of_reads_is_taken_over_once() -> None:
