@@ -94,6 +94,8 @@ class DaemonConfig:
     """debug, info, warning or error."""
     log_format: str = "text"
     """text, or json: one object per line."""
+    keeper: str = ""
+    """The socket of a keeper that lives apart (`manta keeper`), for daemons that somebody else starts again; empty: a keeper of its own."""
     metrics: str = ""
     """Serve /metrics at HOST:PORT or unix:PATH too; empty: only on the control socket."""
 
@@ -472,6 +474,13 @@ def _read_file(value: object, home: Path) -> str:
     return str(path) if value else ""
 
 
+def _read_socket(value: object, home: Path) -> str:
+    path = _read_file(value, home)
+    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+        raise ValueError
+    return path
+
+
 def parse_peers(text: str) -> tuple[str, tuple[str, ...]]:
     """What `swarm.peers` names: "static" and addresses, "dns" and one NAME:PORT, "kubernetes" and NAMESPACE, SERVICE; "" for nobody.
 
@@ -540,6 +549,7 @@ _KINDS: Mapping[str, _Kind] = {
     "daemon.runtime_dir": _DIRECTORY,
     "daemon.log_level": _choice("debug", "info", "warning", "error"),
     "daemon.log_format": _choice("text", "json"),
+    "daemon.keeper": _Kind(f"a socket's absolute path of {SOCKET_PATH_MAX} bytes at most, or nothing", _read_socket),
     "daemon.metrics": _Kind('HOST:PORT, such as "127.0.0.1:9401", or unix:PATH, or nothing for off', _read_address),
     "swarm.peers": _Kind(
         'nothing, "static:HOST:PORT,...", "dns:NAME:PORT" or "kubernetes:NAMESPACE/SERVICE"', _read_peers
@@ -607,6 +617,7 @@ FLAGS: Mapping[str, str] = {
     "daemon.runtime_dir": "--runtime-dir",
     "daemon.log_level": "--log-level",
     "daemon.log_format": "--log-format",
+    "daemon.keeper": "--keeper",
     "daemon.metrics": "--metrics",
     "swarm.peers": "--peers",
     "swarm.listen": "--listen",

@@ -73,6 +73,7 @@ from manta.operations.keeping import Keeping
 from manta.operations.mounts import Mounted, Mounts
 from manta.operations.peers import PeerView
 from manta.operations.publications import Publications
+from manta.operations.remote_keeping import RemoteKeeping
 from manta.operations.room import Room
 from manta.operations.sharing import Sharing
 from manta.operations.verification import Verification
@@ -108,6 +109,8 @@ class Daemon:
         self._keeping = keeping
         self.handing_over = False
         """Whether it ends to be followed by another, which takes over its mounts."""
+        self._followed = False
+        """Whether it was told to end by a signal, and another follows all the same: in a container, whose keeper is not told."""
         self._started = time.time()
         self._asking_disk = trio.CapacityLimiter(1)  # one that hangs takes one thread, not one per scrape
         self._direct = os.geteuid() != 0
@@ -245,7 +248,8 @@ class Daemon:
             finally:
                 self._watchdog.start()
                 # Also where it fails in a way that nobody foresaw: the next one goes on.
-                leaving = self._survives and (self.handing_over or not self._stopping.is_set())
+                followed = self.handing_over or self._followed or not self._stopping.is_set()
+                leaving = self._survives and followed
                 if not leaving and not self.handing_over:
                     self._keeping.stopping()
                 with trio.CancelScope(shield=True):
@@ -275,6 +279,8 @@ class Daemon:
 
     def _stop(self, again: bool) -> None:
         """A signal came."""
+        if not self._stopping.is_set() and self._keeping.kind == "store" and len(self._mounts):
+            self._followed = True
         self._stopping.set()
         if again:
             self._hurrying.set()
@@ -451,6 +457,8 @@ class Daemon:
 
     def abort(self) -> None:
         """See `RootMount.abort`. Any thread, so that the watchdog can: what hangs may have kept the keeper from hearing of the end too."""
+        if self._followed and self._survives:
+            return
         self._root.abort()
         if not self.handing_over:
             self._keeping.stopping()
@@ -744,7 +752,7 @@ class Daemon:
         log.info("handing over to another daemon")
         self.handing_over = True
         self._stopping.set()
-        return Running(__version__, os.getpid())
+        return Running(__version__, os.getpid(), self._started)
 
     def _latest_access(self, access: Access) -> Access:
         return self._identity.latest(access)
@@ -784,6 +792,13 @@ def _error_of(group: BaseException) -> MantaError | None:
     return None
 
 
+def _keeping(config: Config) -> Keeping:
+    """Who keeps: one that lives apart where the configuration names it, else who started this process. Raises InUse."""
+    if config.daemon.keeper:
+        return RemoteKeeping.find(Path(config.daemon.keeper))
+    return Keeping.from_environment()
+
+
 def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
     """Runs a daemon until it is stopped. Returns the exit code: 0, 1 after saying what kept it from starting, or RESTART.
 
@@ -793,7 +808,7 @@ def run(config: Config, *, ephemeral: bool, ready_fd: int | None) -> int:
     ready = _Readiness(ready_fd)
     try:
         config.make_instance_dir()
-        with contextlib.ExitStack() as end, Keeping.from_environment() as keeping:
+        with contextlib.ExitStack() as end, _keeping(config) as keeping:
             if os.geteuid() == 0 and not keeping.inherited:
                 # Before the cache is locked, because whose mount it is may want to lock it meanwhile.
                 refuse_if_held(config.mount_root)

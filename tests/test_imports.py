@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     # Run by path, with nothing but the standard library. Who starts it takes its command line from it.
     "keeper": set(),
+    "keepstore": set(),
     # The parts that know one thing each: the disk, the messages, the hub.
     "cache": {"errors", "model"},
     "wire": {"errors", "model"},
@@ -42,10 +43,10 @@ ALLOWED: dict[str, set[str]] = {
     # Who is asked over the control API, and who asks. `wire.messages` for what a worker answers to a verification.
     "operations": {
         "errors", "model", "config", "cache", "fetch", "fs", "hub.catalog", "hub.identity", "hub.origin", "control.protocol", "keeper",
-        "telemetry", "wire.messages", "wire.peering", "swarm.protocol",
+        "keepstore", "telemetry", "wire.messages", "wire.peering", "swarm.protocol",
     },
     "control": {"errors", "model", "config", "keeper"},
-    "cli": {"errors", "model", "config", "control", "keeper"},
+    "cli": {"errors", "model", "config", "control", "keeper", "keepstore"},
     # The composition root, the fakes, and `python -m manta`.
     "daemon": {
         "errors", "model", "config", "cache", "hub", "fetch", "fs", "fuse", "operations", "control", "keeper", "telemetry", "swarm.auth",

@@ -1,9 +1,11 @@
-"""`manta daemon`: runs the daemon in this process, under systemd or a keeper; or becomes its keeper, with the daemon as its child."""
+"""`manta daemon`: runs the daemon in this process, where somebody else starts the next one (systemd, a keeper, a container runtime); or
+becomes its keeper, with the daemon as its child."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 from manta import keeper
 from manta.cli.invocation import Invocation
@@ -19,4 +21,6 @@ def run(invocation: Invocation) -> int:
         os.execv(command[0], command)
     from manta import daemon
 
+    if arguments.unkept:
+        config = replace(config, daemon=replace(config.daemon, keeper=""))
     return daemon.run(config, ephemeral=arguments.ephemeral, ready_fd=arguments.ready_fd)

@@ -44,6 +44,7 @@ class Invocation:
             ("daemon.runtime_dir", "runtime_dir"),
             ("daemon.log_level", "log_level"),
             ("daemon.log_format", "log_format"),
+            ("daemon.keeper", "keeper"),
             ("daemon.metrics", "metrics"),
             ("swarm.peers", "peers"),
             ("swarm.listen", "listen"),

@@ -327,6 +327,9 @@ def build_parser() -> Parser:
     )
     daemon.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
     daemon.add_argument("--unkept", action="store_true", help="without a keeper: mounts end with the daemon")
+    daemon.add_argument(
+        "--keeper", metavar="SOCKET", help="of a keeper that lives apart, such as another container (daemon.keeper)"
+    )
     daemon.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     daemon.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), help="what to log, on stderr (daemon.log_level)"
@@ -338,6 +341,28 @@ def build_parser() -> Parser:
     _fuse_option(daemon)
     _swarm_options(daemon)
     _common(daemon, hub=True)
+
+    keeper = _command(
+        commands,
+        "keeper",
+        "keeper:run",
+        "hold the mounts of a daemon that somebody else restarts (Kubernetes)",
+        "Holds what a daemon needs to go on with the mounts of the one before, where keeper and daemon are containers of their own: the"
+        " daemon with the same setting (daemon.keeper) deposits it here. Not needed by hand: elsewhere the daemon has a keeper of its own."
+        " One that is told to end while no daemon is ready stays until one is.",
+        "  manta keeper --keeper /run/manta/keeper/keeper.sock\n"
+        "  MANTA_DAEMON_KEEPER=/run/manta/keeper/keeper.sock manta keeper --give-up-after 600",
+    )
+    keeper.add_argument("--keeper", metavar="SOCKET", help="where to listen (daemon.keeper)")
+    keeper.add_argument(
+        "--give-up-after",
+        metavar="SECONDS",
+        type=float,
+        help="how long mounts may wait for a daemon that is ready; 300 where it is not said",
+    )
+    keeper.add_argument("--config", metavar="FILE", help="read this TOML file and no other")
+    keeper.add_argument("--set", metavar="KEY=VALUE", action="append", help="any setting")
+    _output_options(keeper)
     return parser
 
 

@@ -48,10 +48,15 @@ def _ask(client: Client, before: Running) -> None:
         client.restart()
     except Unavailable:
         try:
-            if client.running(timeout_s=ANSWER_S).pid == before.pid:
+            if _which(client.running(timeout_s=ANSWER_S)) == _which(before):
                 raise
         except (NotRunning, Corrupt):
             pass
+
+
+def _which(daemon: Running) -> tuple[int, float]:
+    """Tells one daemon from another."""
+    return daemon.pid, daemon.started
 
 
 def _next(client: Client, before: Running, deadline: float) -> Running:
@@ -60,7 +65,7 @@ def _next(client: Client, before: Running, deadline: float) -> Running:
     while time.monotonic() < deadline:
         try:
             found = client.running(timeout_s=ANSWER_S)
-            if found.pid != before.pid:
+            if _which(found) != _which(before):
                 return found
         except (NotRunning, Unavailable, Corrupt) as error:
             problem = error.message.rstrip(".")

@@ -417,8 +417,9 @@ def _spawn(config: Config, ready_fd: int) -> subprocess.Popen[bytes]:
 
 
 def is_kept(config: Config) -> bool:
-    """Whether a daemon of this configuration, started here, has a keeper: only root can have a session that outlives it."""
-    return os.geteuid() == 0 and config.fuse.session != "pyfuse3"
+    """Whether a daemon of this configuration, started here, is started by a keeper: only root can have a session that outlives it, and one
+    whose keeper lives apart is started by somebody else."""
+    return os.geteuid() == 0 and config.fuse.session != "pyfuse3" and not config.daemon.keeper
 
 
 def _python_path() -> dict[str, str]:

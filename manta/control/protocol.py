@@ -254,6 +254,8 @@ class Running(msgspec.Struct, frozen=True):
 
     version: str
     pid: int
+    started: float = 0.0
+    """Seconds since the epoch: in containers each has the same pid."""
 
 
 class PrefetchRequest(msgspec.Struct, frozen=True):

@@ -36,11 +36,12 @@ PAUSE_S_MAX = 30.0
 PROBE = "probe"
 """The name of the pipe's end."""
 
-Kind = Literal["keeper", "systemd", "none"]
+Kind = Literal["keeper", "systemd", "store", "none"]
+"""store: a keeper that lives apart, see `remote_keeping`."""
 
 
-class _Gone(Exception):
-    """The keeper is not there."""
+class Gone(Exception):
+    """The keeper is not there. Caught here and in `remote_keeping`."""
 
 
 class Keeping:
@@ -70,7 +71,7 @@ class Keeping:
         self._missing = ""
         self._stopping = False
         self._lock = trio.Lock()
-        if kind == "none":
+        if kind in {"none", "store"}:
             return
         with suppress(OSError):
             self._connect(address)
@@ -139,7 +140,7 @@ class Keeping:
                 return "none: mounts end with the daemon"
             case "systemd":
                 return f"systemd, {holds}"
-            case "keeper":
+            case _:
                 return (
                     f"pid {self._keeper_pid}, {holds}" if self._socket is not None else "gone, another is being started"
                 )
@@ -176,7 +177,7 @@ class Keeping:
                 except Unavailable as e:
                     refusal = e.message
                     break
-                except (_Gone, OSError):
+                except (Gone, OSError):
                     await trio.sleep(RETRY_S)  # `watch` starts another
         self._refusals[name] = refusal
         raise Unavailable(refusal)
@@ -185,7 +186,7 @@ class Keeping:
         """Has the keeper let go of what it holds by that name. Raises Unavailable where it does not within DEADLINE_S."""
         for known in (self._deposits, self._unchanged, self._refusals):
             known.pop(name, None)
-        with trio.move_on_after(DEADLINE_S), suppress(_Gone, OSError):  # who is gone holds nothing
+        with trio.move_on_after(DEADLINE_S), suppress(Gone, OSError):  # who is gone holds nothing
             async with self._lock:
                 if name in self._kept:
                     await self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
@@ -207,7 +208,7 @@ class Keeping:
     # The protocol ----------------------------------------------------------------------------------------------------
 
     async def _store(self, name: str, fd: int) -> None:
-        """Raises Unavailable where there is no room, _Gone, OSError."""
+        """Raises Unavailable where there is no room, Gone, OSError."""
         if name in self._kept and self._unchanged.get(name) == fd:
             return
         ours, probe = os.pipe()
@@ -217,7 +218,7 @@ class Keeping:
             finally:
                 os.close(probe)
             await self._barrier()
-            if _readable(ours):  # nobody has the other end any more
+            if readable(ours):  # nobody has the other end any more
                 raise Unavailable(
                     "systemd keeps no descriptors of this unit, or not enough: mounts will not outlive the daemon."
                     " FileDescriptorStoreMax=16 in the unit changes that."
@@ -244,9 +245,11 @@ class Keeping:
             await trio.lowlevel.wait_readable(ours)
         finally:
             os.close(ours)
-        # The pipe's end dies with a keeper, too.
-        if self.kind == "keeper" and (self._pidfd == -1 or _readable(self._pidfd)):
-            raise _Gone
+        if self._is_gone():  # the pipe's end dies with a keeper, too
+            raise Gone
+
+    def _is_gone(self) -> bool:
+        return self.kind == "keeper" and (self._pidfd == -1 or readable(self._pidfd))
 
     async def _tell(self, message: str, fd: int | None = None) -> None:
         while not self._tell_nowait(message, fd):
@@ -254,23 +257,23 @@ class Keeping:
                 await trio.lowlevel.wait_writable(self._socket)
 
     def _tell_nowait(self, message: str, fd: int | None = None) -> bool:
-        """Whether there was room for it. Raises _Gone, OSError."""
+        """Whether there was room for it. Raises Gone, OSError."""
         if self._socket is None:
-            raise _Gone
+            raise Gone
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
         try:
             self._socket.sendmsg([message.encode()], rights, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return False
         except ConnectionError:
-            raise _Gone from None
+            raise Gone from None
         return True
 
     def _say(self, message: str) -> None:
         """What needs no confirmation. Who has no keeper now tells the next one."""
         if self.kind == "none":
             return
-        with suppress(_Gone, OSError):
+        with suppress(Gone, OSError):
             if not self._tell_nowait(message):
                 log.warning("the keeper did not hear %s: it has too much to read", message)
 
@@ -297,7 +300,7 @@ class Keeping:
                     await self._reach_keeper()
                     for name, fd in self._deposits.items():
                         await self._store(name, fd)
-            except (_Gone, OSError, trio.TooSlowError, Unavailable) as e:
+            except (Gone, OSError, trio.TooSlowError, Unavailable) as e:
                 reason = str(e) or "it ended, or did not answer"
             else:
                 break
@@ -324,14 +327,14 @@ class Keeping:
         self._address = keeper.socket_path(runtime, self._keeper_pid)
 
     async def _reach_keeper(self) -> None:
-        """Raises _Gone, OSError. The caller has a deadline."""
+        """Raises Gone, OSError. The caller has a deadline."""
         while True:
             try:
                 self._connect(self._address)
                 return
             except (FileNotFoundError, ConnectionRefusedError):
-                if _readable(self._pidfd):
-                    raise _Gone from None
+                if readable(self._pidfd):
+                    raise Gone from None
             await trio.sleep(RETRY_S)
 
     async def _forget_keeper(self) -> None:
@@ -356,7 +359,7 @@ class Keeping:
         self._pidfd = -1
 
 
-def _readable(fd: int) -> bool:
+def readable(fd: int) -> bool:
     """Now: of a pidfd, that the process has ended; of a pipe that nobody writes to, that its other end is closed."""
     poll = select.poll()  # select() cannot take the thousandth descriptor
     poll.register(fd, select.POLLIN)

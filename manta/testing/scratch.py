@@ -179,10 +179,10 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def mountinfo() -> list[tuple[Path, int, str]]:
-    """(mount point, minor device, filesystem type) of all mounts, in the order they were mounted."""
+def mountinfo(pid: int | None = None) -> list[tuple[Path, int, str]]:
+    """(mount point, minor device, filesystem type) of all mounts, in the order of mounting, as the process `pid` sees them, or this one."""
     rows = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in Path(f"/proc/{pid or 'self'}/mountinfo").read_text(errors="surrogateescape").splitlines():
         fields, _, rest = line.partition(" - ")
         words = fields.split(" ")
         # The kernel writes blanks and backslashes in paths as three octal digits.

@@ -54,7 +54,13 @@ def test_what_a_person_runs_becomes_the_keeper_of_the_same_command(manta: Manta,
 
 @pytest.mark.parametrize(
     "options",
-    [["--unkept"], ["--fuse", "pyfuse3"], ["--ready-fd", "9"], ["--set", "fuse.session=pyfuse3"]],
+    [
+        ["--unkept"],
+        ["--fuse", "pyfuse3"],
+        ["--ready-fd", "9"],
+        ["--set", "fuse.session=pyfuse3"],
+        ["--keeper", "/run/k"],
+    ],
 )
 def test_some_run_the_daemon_itself(manta: Manta, runs: list[dict[str, Any]], options: list[str]) -> None:
     assert manta("daemon", *options).code == 0

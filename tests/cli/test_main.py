@@ -29,7 +29,7 @@ def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
 
 def test_every_command_exists_and_explains_itself() -> None:
     found = list(leaves(build_parser()))
-    assert len(found) == 19
+    assert len(found) == 20
     for leaf in found:
         module, _, function = str(leaf.get_default("runs")).partition(":")
         assert callable(getattr(importlib.import_module(f"manta.cli.{module}"), function))

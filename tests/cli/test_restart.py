@@ -22,8 +22,8 @@ def test_it_tells_from_which_to_which(manta: Manta, daemon: FakeDaemon) -> None:
     assert done.out == "restarted: manta 0.1.0, pid 7 -> manta 0.2.0, pid 1, in 0 s\n"
     daemon.next = ("0.3.0", 2)
     document = manta("restart", "--json").json
-    assert document["from"] == {"version": "0.2.0", "pid": 1}
-    assert document["to"] == {"version": "0.3.0", "pid": 2}
+    assert document["from"] == {"version": "0.2.0", "pid": 1, "started": 0.0}
+    assert document["to"] == {"version": "0.3.0", "pid": 2, "started": 0.0}
     assert document["seconds"] >= 0
 
 
@@ -31,7 +31,7 @@ def test_it_need_not_wait(manta: Manta, daemon: FakeDaemon) -> None:
     daemon.pid = 7
     assert "pid 7) hands over" in manta("restart", "--no-wait").out
     assert len(daemon.asked("GET", "/v1/status")) == 1
-    assert manta("restart", "--no-wait", "--json").json == {"from": {"version": "0.2.0", "pid": 1}}
+    assert manta("restart", "--no-wait", "--json").json == {"from": {"version": "0.2.0", "pid": 1, "started": 0.0}}
 
 
 def test_nobody_there(manta: Manta, place: object) -> None:

@@ -16,6 +16,7 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any, Self
 
 from tests.mount.node import TIMEOUT_S
@@ -98,11 +99,14 @@ for line in sys.stdin:
 
 
 class Holder:
-    """One such process; it ends with the `with`."""
+    """One such process; it ends with the `with`. `python`: the command that runs it, such as one that runs it in a container."""
+
+    def __init__(self, python: Sequence[str] = (sys.executable,)) -> None:
+        self._python = python
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
+            [*self._python, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
