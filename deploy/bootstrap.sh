@@ -52,3 +52,6 @@ if [ ! -x .venv/bin/python ]; then
   }
 fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+
+# The chart is rendered by a real helm in its tests; they are skipped without.
+[ "$extra" != dev ] || .venv/bin/python deploy/helm.py

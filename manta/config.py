@@ -399,8 +399,12 @@ def parse_address(text: str) -> ListenAddress | None:
             raise ValueError
         return ListenAddress("", 0, path)
     host, colon, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not colon or not bare or (":" in bare) is (bare == host) or not port.isascii() or not port.isdigit():
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    # An IPv4 address may have brackets, too: "[$(POD_IP)]:9402" has to do for both families (deploy/charts).
+    if bracketed is not (":" in bare) and not (bracketed and re.fullmatch(r"\d+(\.\d+){3}", bare)):
+        raise ValueError
+    if not colon or not bare or set(bare) & set("[]") or not port.isascii() or not port.isdigit():
         raise ValueError
     if not 0 < int(port) < 65536:
         raise ValueError

@@ -330,6 +330,17 @@ def test_no_metrics_address_is_off() -> None:
     assert module.parse_address("") is None
 
 
+def test_brackets_fit_the_addresses_of_both_families() -> None:
+    assert module.parse_address("[10.0.0.1]:9402") == module.ListenAddress("10.0.0.1", 9402)
+    assert str(module.parse_address("[10.0.0.1]:9402")) == "10.0.0.1:9402"
+
+
+@pytest.mark.parametrize("text", ["[::1:80", "[10.0.0.1:80", "10.0.0.1]:80", "[10.0.1]:80"])
+def test_brackets_come_in_pairs_and_around_addresses(text: str) -> None:
+    with pytest.raises(ValueError):
+        module.parse_address(text)
+
+
 @pytest.mark.parametrize(
     "text",
     ["9401", ":9401", "host", "host:", "host:0", "host:70000", "host:x", "::1:80", "[host]:80", "unix:", "unix:a"],

@@ -26,6 +26,7 @@ from manta.operations.watchdog import END_SECONDS_MAX
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "deploy/systemd/manta.service"
+MOUNT = ROOT / "deploy/systemd/manta-mount@.service"
 BINARY = Path("/usr/lib/systemd/systemd")
 TIMEOUT_S = 60.0
 
@@ -88,14 +89,32 @@ def test_an_orderly_end_has_its_time_and_what_is_mounted_is_seen_by_all(unit: co
     assert service["RuntimeDirectoryPreserve"] == "yes", "the mount is in it"
 
 
+def test_a_mount_is_made_by_the_daemon_of_the_unit_and_again_with_the_next_one() -> None:
+    text = MOUNT.read_text()
+    for relation in ("Requires", "PartOf", "After"):
+        assert f"\n{relation}=manta.service\n" in text
+    assert text.index("EnvironmentFile=-/etc/manta/environment\n") < text.index(
+        "EnvironmentFile=/etc/manta/mounts/%i\n"
+    )
+    assert "Environment" not in {line.partition("=")[0] for line in text.splitlines()}, (
+        "tokens are in files of mode 0600"
+    )
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here")
-def test_systemd_can_read_it(tmp_path: Path) -> None:
-    path = tmp_path / "manta.service"
-    path.write_text(UNIT.read_text().replace("=manta ", "=/bin/true "))
+@pytest.mark.parametrize("instance", ["manta.service", "manta-mount@gemma.service"])
+def test_systemd_can_read_it(tmp_path: Path, instance: str) -> None:
+    for shipped in (UNIT, MOUNT):
+        (tmp_path / shipped.name).write_text(
+            shipped.read_text().replace("=manta ", "=/bin/true ").replace("=-manta ", "=-/bin/true ")
+        )
+    path = tmp_path / instance
+    if not path.exists():
+        path.symlink_to(MOUNT.name)
     done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False, timeout=60)
     # A key that this version does not know yet is told of, and no mistake.
     said = [
-        line for line in done.stderr.splitlines() if "FileDescriptorStorePreserve" not in line and str(path) in line
+        line for line in done.stderr.splitlines() if "FileDescriptorStorePreserve" not in line and str(tmp_path) in line
     ]
     assert (done.returncode, said) == (0, [])
 
