@@ -4,9 +4,9 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 BENCH ?= cold
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench format proto clean
 
-.venv/.installed-%: pyproject.toml deploy/bootstrap.sh
+.venv/.installed-%: pyproject.toml csi-driver/pyproject.toml deploy/bootstrap.sh
 	bash deploy/bootstrap.sh $*
 	@touch $@
 
@@ -24,6 +24,10 @@ check: .venv/.installed-dev
 
 bench: .venv/.installed-bench
 	$(PY) -m benchmarks $(BENCH) --json benchmarks/results/$(BENCH).json
+
+# The stubs of the CSI driver, of csi-driver/manta_csi/proto/*.proto.
+proto: .venv/.installed-dev
+	$(PY) csi-driver/stubs.py
 
 format: .venv/.installed-dev
 	.venv/bin/ruff format .

@@ -51,7 +51,9 @@ if [ ! -x .venv/bin/python ]; then
     exit 1
   }
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+what=(--editable ".[$extra]")
+[ "$extra" != dev ] || what+=(--editable csi-driver)
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "${what[@]}"
 
 # The chart is rendered by a real helm in its tests; they are skipped without.
 [ "$extra" != dev ] || .venv/bin/python deploy/helm.py

@@ -6,6 +6,7 @@ The rules are docs/architecture.md's, here as one table. A new edge between two 
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -80,6 +81,11 @@ LIBRARIES: dict[str, set[str]] = {
     "requests": set(),
 }  # fmt: skip
 """Where each library may be known. A part that is not named must run, and be tested, without it."""
+
+DRIVER = ROOT / "csi-driver"
+DRIVER_ALLOWED = {"config", "control", "errors", "model.ids"}
+"""What the CSI driver (manta_csi) may import of Manta: what a client of the daemon needs."""
+DRIVER_LIBRARIES = {"google", "grpc", "kubernetes_asyncio", "msgspec"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc"}
 
@@ -216,22 +222,43 @@ def test_what_is_shipped_imports_no_tests_and_no_benchmarks() -> None:
     assert [i.where for i in all_imports("manta") if i.imported.split(".")[0] in {"tests", "benchmarks"}] == []
 
 
+def driver_sources() -> list[Path]:
+    return [path for path in sources("csi-driver") if "_pb2" not in path.name]
+
+
+def test_the_csi_driver_is_a_client_of_the_daemon_and_nothing_more() -> None:
+    imports = [found for path in driver_sources() for found in imports_of(path)]
+    wrong = [
+        f"{i.where}: imports {i.imported}"
+        for i in imports
+        if i.imported.startswith("manta.") and not within(i.imported.removeprefix("manta."), DRIVER_ALLOWED)
+    ]
+    libraries = {i.imported.split(".")[0] for i in imports} - sys.stdlib_module_names - {"manta", "manta_csi"}
+    assert wrong == []
+    assert libraries - DRIVER_LIBRARIES - {"grpc_tools"} == set()
+    assert [i.where for i in imports if i.imported.startswith("kubernetes_asyncio") and not i.lazy] == []
+    assert [i.where for i in all_imports("manta") if i.imported.split(".")[0] == "manta_csi"] == []
+
+
 def test_every_module_says_what_it_is() -> None:
     silent = [
-        str(path.relative_to(ROOT)) for path in sources("manta", "benchmarks") if not ast.get_docstring(parsed(path))
+        str(path.relative_to(ROOT))
+        for path in [*sources("manta", "benchmarks"), *driver_sources()]
+        if not ast.get_docstring(parsed(path))
     ]
     assert silent == []
 
 
 def test_modules_are_named_for_what_they_define() -> None:
     named = {
-        path: set(path.relative_to(ROOT).with_suffix("").parts) for path in sources("manta", "tests", "benchmarks")
+        path: set(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sources("manta", "tests", "benchmarks", "csi-driver")
     }
     assert [str(path) for path, parts in named.items() if parts & FORBIDDEN_NAMES] == []
 
 
 def test_tests_mirror_what_they_test() -> None:
-    """tests/PART/test_NAME.py tests manta/PART/NAME.py."""
+    """tests/PART/test_NAME.py tests manta/PART/NAME.py, and tests/csi/test_NAME.py the driver's module."""
     strays = [
         str(path.relative_to(ROOT))
         for part in (
@@ -252,6 +279,14 @@ def test_tests_mirror_what_they_test() -> None:
         for path in sources(f"tests/{part}")
         if path.name.startswith("test_")
         and not is_module(f"manta.{'.'.join(path.relative_to(ROOT / 'tests').parent.parts)}.{path.stem[5:]}")
+    ]
+    strays += [
+        str(path.relative_to(ROOT))
+        for path in sources("tests/csi")
+        if path.parent.name == "csi"
+        and path.name.startswith("test_")
+        and not (DRIVER / "manta_csi" / f"{path.stem[5:]}.py").exists()
+        and not (DRIVER / "manta_csi" / path.stem[5:] / "__init__.py").exists()
     ]
     assert strays == []
 

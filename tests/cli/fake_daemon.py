@@ -129,6 +129,7 @@ class FakeDaemon:
         class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             daemon_threads = True
             block_on_close = False
+            request_queue_size = 128  # as many as the real one's
 
             def handle_error(self, *_: object) -> None:
                 pass  # a client that went away

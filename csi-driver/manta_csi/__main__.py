@@ -1,0 +1,7 @@
+"""`python -m manta_csi`."""
+
+import sys
+
+from manta_csi.cli import main
+
+sys.exit(main())
