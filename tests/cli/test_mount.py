@@ -65,6 +65,10 @@ def test_a_direct_mount_is_the_daemons_own(manta: Manta, daemon: FakeDaemon, whe
         "directory": str(where),
         "view": "tree",
         "token": "",
+        "anonymous": False,
+        "prefetch": "none",
+        "pin": False,
+        "pod": None,
     }
     assert where.is_dir()
 
