@@ -25,6 +25,7 @@ from benchmarks import (
     metadata,
     parallel,
     peerpath,
+    publish,
     simulate,
     survive,
     ttfb,
@@ -49,6 +50,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "cluster": cluster,
     "churn": churn,
     "peerpath": peerpath,
+    "publish": publish,
     "simulate": simulate,
 }
 

@@ -78,6 +78,8 @@ LIBRARIES: dict[str, set[str]] = {
     "lz4": {"cache", "swarm", "worker"},
     "xxhash": {"cache", "swarm.ownership"},
     "kubernetes_asyncio": {"swarm.kubernetes"},
+    "grpc": {"testing.kubelet"},
+    "google": {"testing.csi"},
     "requests": set(),
 }  # fmt: skip
 """Where each library may be known. A part that is not named must run, and be tested, without it."""

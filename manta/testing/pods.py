@@ -179,6 +179,11 @@ class Node:
     _pid: int
     _containers: list[Container] = field(default_factory=list)
 
+    @property
+    def pid(self) -> int:
+        """Of a process whose mount namespace is the node's."""
+        return self._pid
+
     def directory(self, name: str) -> Path:
         """A directory of the host, made where it is missing."""
         path = self.folder / name

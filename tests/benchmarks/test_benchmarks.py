@@ -39,6 +39,7 @@ SMALL = {
     "cluster, one joins": ("cluster --size 16MiB --nodes 2 --swarm on --join", 2),
     "churn": ("churn --size 16MiB --nodes 2 --swarm on --kills 2 --every 0.5", 3),
     "peerpath": ("peerpath --size 16MiB --rounds 1", 1),
+    "publish": ("publish --latency 0.005 --concurrent 3 --volumes 30", 8),
 }
 """A command, and how many goals it has."""
 
