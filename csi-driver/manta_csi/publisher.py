@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from manta.control.protocol import Mount, MountRequest
 from manta.errors import Absent, Conflict, Denied, Invalid, MantaError, Unavailable
 from manta_csi import attributes
-from manta_csi.daemon import Daemon
+from manta_csi.daemon import UNPUBLISH_S, Daemon
 from manta_csi.mounttable import Attempt, MountTable, clear_target, place_of
 from manta_csi.refusals import InProgress, Unknown, softened
 from manta_csi.settings import TokenPolicy
@@ -263,10 +263,10 @@ class Publisher:
             await self._clear(target, known=entry is not None)
             await self.tell_end(entry.name if entry else publication_name(volume, target), target)
 
-    async def tell_end(self, name: str, target: str) -> bool:
+    async def tell_end(self, name: str, target: str, timeout_s: float = UNPUBLISH_S) -> bool:
         """Tells the daemon that a publication has ended, whose target is gone. Where it does not answer, the entry stays, for later."""
         try:
-            await self._daemon.unpublish(name)
+            await self._daemon.unpublish(name, timeout_s)
         except MantaError as error:
             self.owes.set()
             log.warning("the daemon will be told later that %s is unmounted: %s", target, error.message)

@@ -17,7 +17,7 @@ from functools import partial
 
 from manta.control.protocol import Publication
 from manta.errors import MantaError
-from manta_csi.daemon import Daemon
+from manta_csi.daemon import MEMORY_S, Daemon
 from manta_csi.mounttable import is_gone
 from manta_csi.publisher import PREFIX, TABLE_S, Publisher
 from manta_csi.refusals import InProgress
@@ -185,7 +185,7 @@ class Reconciler:
             return True  # published anew meanwhile
         log.info("the publication %s of %s, which nobody has, is ended", name, target)
         if entry is not None:
-            return await self._publisher.tell_end(name, target)
+            return await self._publisher.tell_end(name, target, MEMORY_S)
         await self._daemon.unpublish(name)
         return True
 
