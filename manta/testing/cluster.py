@@ -397,11 +397,7 @@ def each(nodes: Sequence[Node], action: Callable[[Node], _T]) -> list[_T]:
 
 
 def _is_keeper(pid: int) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return any(word.endswith(b"/manta/keeper.py") for word in words)
+    return any(word.endswith(b"/manta/keeper.py") for word in scratch.command_line(pid).split(b"\0"))
 
 
 def _send(pid: int, number: signal.Signals) -> None:

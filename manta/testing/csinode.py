@@ -28,7 +28,7 @@ from typing import IO, Self
 from manta.config import CacheConfig, Config, DaemonConfig
 from manta.control.client import Client
 from manta.errors import MantaError, Unavailable
-from manta.testing import pods
+from manta.testing import pods, scratch
 from manta.testing.kubelet import Kubelet, Volume
 
 REPOSITORY = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ class CsiNode:
 
         def keeps() -> bool:
             # Asked of the keeper itself: a daemon may not have noticed yet that the one before is gone.
-            held = [os.readlink(path) for pid in self.processes(self.keeper) for path in _descriptors(pid)]
+            held = [link for pid in self.processes(self.keeper) for link in scratch.open_files(pid)]
             # The device of a container that is gone has lost the folders above it.
             deposited = any(Path(link).name == "fuse" for link in held) and any("memfd:" in link for link in held)
             return deposited and not self.client.status().survival_refusal
@@ -235,9 +235,3 @@ class CsiNode:
             if time.monotonic() > deadline:
                 raise Unavailable(f"{problem} within {timeout_s:g} s.\n{self.log_tails()}")
             time.sleep(POLL_S)
-
-
-def _descriptors(pid: int) -> list[Path]:
-    with contextlib.suppress(FileNotFoundError):
-        return list(Path(f"/proc/{pid}/fd").iterdir())
-    return []

@@ -136,6 +136,23 @@ def processes_with(variable: str, value: str) -> list[int]:
     return found
 
 
+def open_files(pid: int) -> list[str]:
+    """What a process's descriptors refer to, as /proc names it; without those that are closed meanwhile, nothing of one that ended."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def command_line(pid: int) -> bytes:
+    """A process's arguments, each with a zero byte behind it; empty for one that ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def end(pids: list[int]) -> None:
     """SIGTERM, then SIGKILL to what remains: all of it stopped before, so that none starts another in its stead."""
     for signum in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):

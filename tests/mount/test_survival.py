@@ -6,7 +6,6 @@ process that waits in the kernel for somebody who will not come.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ import pytest
 from manta import keeper
 from manta.config import load
 from manta.control.binding import mounts, unbind
+from manta.testing import scratch
 from manta.testing.hub import GeneratedContent, HubProcess
 from manta.testing.hub.standard import GATED, MANY, MANY_COUNT, MODEL, READER_TOKEN
 from tests.mount.conftest import BIG, BIG_FILE, BIG_SIZE, true_digest
@@ -264,7 +264,7 @@ def test_a_mounts_token_outlives_the_daemon_and_is_nowhere_on_the_disk(hub: HubP
     assert run('sha256sum "$1/model.safetensors"', directory).split()[0] == digest
     assert not run('grep -ra "$1" "$2" --exclude-dir=mnt* --exclude-dir=root || true', READER_TOKEN, node.path)
     for pid in node.processes():
-        assert READER_TOKEN.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert READER_TOKEN.encode() not in scratch.command_line(pid)
 
 
 def test_questions_that_were_not_answered_are_asked_again(hub: HubProcess, node: Node) -> None:
@@ -319,14 +319,7 @@ def test_a_keeper_that_is_killed_is_replaced_and_keeps(hub: HubProcess, node: No
 
 def kept(node: Node) -> bool:
     """Whether the keeper holds the filesystem's descriptor."""
-    return any(target(entry) == "/dev/fuse" for pid in node.keepers() for entry in Path(f"/proc/{pid}/fd").iterdir())
-
-
-def target(entry: Path) -> str | None:
-    """What a descriptor refers to; None for one that was closed since it was listed."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.readlink(entry)
-    return None
+    return any("/dev/fuse" in scratch.open_files(pid) for pid in node.keepers())
 
 
 def test_without_keeper_and_daemon_readers_get_an_error_and_mount_recovers(hub: HubProcess, node: Node) -> None:

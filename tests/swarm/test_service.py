@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from manta.swarm.protocol import Report, decode, encode
+from manta.testing import scratch
 from manta.wire.channel import Closed, pair, receive_nowait, send_nowait
 from manta.wire.messages import Message, Ready
 from manta.wire.messages import encode as encoded
@@ -143,8 +144,7 @@ def test_it_serves_and_asks_the_daemon(start: Callable[..., tuple[Peer, int]], t
         return (await asking).body
 
     assert run(report()) == b"what the daemon said"
-    names = [os.readlink(f"/proc/{peer.process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{peer.process.pid}/fd")]
-    assert not [name for name in names if "memfd" in name or "/blobs/" in name]
+    assert not [name for name in scratch.open_files(peer.process.pid) if "memfd" in name or "/blobs/" in name]
     peer.socket.close()
     assert peer.process.wait(PATIENCE_S) == 0
     assert peer.complaints() == ""

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from manta.cache.digests import chunk_digest
+from manta.testing import scratch
 from manta.testing.hub import HubProcess, faults
 from manta.wire.channel import Closed, pair, receive_nowait, send_nowait
 from manta.wire.messages import (
@@ -79,8 +80,7 @@ class Worker:
         return self.process.wait(PATIENCE_S)
 
     def open_files(self) -> list[str]:
-        folder = f"/proc/{self.process.pid}/fd"
-        return [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
+        return scratch.open_files(self.process.pid)
 
 
 @pytest.fixture
