@@ -30,6 +30,7 @@ from manta.control.protocol import (
     VerifyRequest,
 )
 from manta.errors import Absent, CacheBroken, Corrupt, Denied, InUse, MantaError, NotRunning, Throttled, Unavailable
+from manta.testing import scratch
 from tests.cli.fake_daemon import COMMIT, FakeDaemon, blob
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's daemons are kept")
@@ -186,11 +187,9 @@ runtime = [x for x in os.scandir(os.environ["MANTA_DAEMON_RUNTIME_DIR"])][0].pat
 server = socket.socket(socket.AF_UNIX)
 server.bind(runtime + "/control.sock")
 server.listen()
+status = open(place + "/status").read()
 os.write(ready, b'{"ok": true}' + bytes([10]))
 os.close(ready)
-status = open(place + "/status").read()
-with open(place + "/pid", "w") as file:
-    file.write(str(os.getpid()))
 while True:
     client, _ = server.accept()
     client.recv(65536)
@@ -226,9 +225,8 @@ def starter(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starter
     status = FakeDaemon(config.socket_path).status()
     (place / "status").write_bytes(msgspec.json.encode(status))
     yield Starter(place, monkeypatch)
-    pid = place / "pid"
-    if pid.exists():
-        os.kill(int(pid.read_text()), signal.SIGKILL)
+    # Keepers too, which would start another.
+    scratch.end(scratch.processes_with("MANTA_DAEMON_RUNTIME_DIR", str(config.daemon.runtime_dir)))
 
 
 def test_a_daemon_is_started_with_this_configuration_and_used(
