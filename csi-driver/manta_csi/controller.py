@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from google.protobuf.message import Message
-
 from manta.errors import Conflict, Invalid, NoSpace
 from manta_csi.answers import answer
-from manta_csi.node import access_of
+from manta_csi.node import access_of, check_given
 from manta_csi.proto import csi_pb2, csi_pb2_grpc
 from manta_csi.refusals import Unknown
 
@@ -39,8 +37,8 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         self, request: csi_pb2.CreateVolumeRequest, context: Context
     ) -> csi_pb2.CreateVolumeResponse:
         async def create() -> csi_pb2.CreateVolumeResponse:
-            _require(request, "name")
-            _require(request, "volume_capabilities")
+            check_given("name", request.name)
+            check_given("volume_capabilities", request.volume_capabilities)
             if len(request.name.encode()) > NAME_BYTES_MAX:
                 raise Invalid(f"The volume's name is longer than {NAME_BYTES_MAX} bytes.")
             for capability in request.volume_capabilities:
@@ -66,7 +64,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         self, request: csi_pb2.DeleteVolumeRequest, context: Context
     ) -> csi_pb2.DeleteVolumeResponse:
         async def delete() -> csi_pb2.DeleteVolumeResponse:
-            _require(request, "volume_id")
+            check_given("volume_id", request.volume_id)
             self._volumes.pop(request.volume_id, None)
             return csi_pb2.DeleteVolumeResponse()
 
@@ -76,8 +74,8 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         self, request: csi_pb2.ValidateVolumeCapabilitiesRequest, context: Context
     ) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
         async def validate() -> csi_pb2.ValidateVolumeCapabilitiesResponse:
-            _require(request, "volume_id")
-            _require(request, "volume_capabilities")
+            check_given("volume_id", request.volume_id)
+            check_given("volume_capabilities", request.volume_capabilities)
             if request.volume_id not in self._volumes:
                 raise Unknown(f"There is no volume {request.volume_id[:100]!r}.")
             try:
@@ -94,8 +92,3 @@ class Controller(csi_pb2_grpc.ControllerServicer):
             )
 
         return await answer(context, "ValidateVolumeCapabilities", validate(), volume=request.volume_id)
-
-
-def _require(request: Message, name: str) -> None:
-    if not getattr(request, name):
-        raise Invalid(f"The request has no {name}, which CSI requires.")

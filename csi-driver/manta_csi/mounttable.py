@@ -55,8 +55,8 @@ class MountTable:
                 return mounts(line)[0]
         return None
 
-    def place(self, path: str) -> Place | None:
-        """Which directory of which filesystem `path` shows. None for a relative one."""
+    def holding(self, path: str) -> str | None:
+        """The line of the mount that `path` lies in. None for a relative one."""
         wanted = _escaped(path)
         best: tuple[int, str] | None = None
         for line, field in self._lines:
@@ -64,9 +64,13 @@ class MountTable:
                 best is None or len(field) >= best[0]
             ):
                 best = len(field), line
-        if best is None:
+        return None if best is None else best[1]
+
+    def place(self, path: str) -> Place | None:
+        """Which directory of which filesystem `path` shows. None for a relative one."""
+        if (line := self.holding(path)) is None:
             return None
-        entry = mounts(best[1])[0]
+        entry = mounts(line)[0]
         below = path[len(entry.directory.rstrip("/")) :]
         return Place(entry.device, (entry.root.rstrip("/") + below).rstrip("/") or "/")
 
@@ -194,10 +198,5 @@ def is_gone(target: str) -> bool:
 
 def is_shared(directory: str) -> bool:
     """Whether mounts below this directory are seen outside of our mount namespace: the mount that holds it has a peer group."""
-    best, shared = -1, False
-    for line in os.fsdecode(MOUNTINFO.read_bytes()).splitlines():
-        fields = line.partition(" - ")[0].split(" ")
-        wanted = _escaped(directory)
-        if (wanted == fields[4] or wanted.startswith(fields[4].rstrip("/") + "/")) and len(fields[4]) >= best:
-            best, shared = len(fields[4]), any(field.startswith("shared:") for field in fields[6:])
-    return shared
+    line = MountTable.read().holding(directory)
+    return line is not None and any(field.startswith("shared:") for field in line.partition(" - ")[0].split(" ")[6:])

@@ -65,7 +65,7 @@ class Node(csi_pb2_grpc.NodeServicer):
     ) -> csi_pb2.NodeUnpublishVolumeResponse:
         async def unpublish() -> csi_pb2.NodeUnpublishVolumeResponse:
             _check_volume(request.volume_id)
-            _check_given("target_path", request.target_path)
+            check_given("target_path", request.target_path)
             try:
                 target = self._target(request.target_path)
             except Invalid:
@@ -82,7 +82,7 @@ class Node(csi_pb2_grpc.NodeServicer):
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
         async def stats() -> csi_pb2.NodeGetVolumeStatsResponse:
             _check_volume(request.volume_id)
-            _check_given("volume_path", request.volume_path)
+            check_given("volume_path", request.volume_path)
             try:
                 target = self._target(request.volume_path)
             except Invalid as error:
@@ -116,7 +116,7 @@ class Node(csi_pb2_grpc.NodeServicer):
     def _checked(self, request: csi_pb2.NodePublishVolumeRequest) -> Request:
         """Raises Invalid for what no later version would take either: it is final also to a republish."""
         _check_volume(request.volume_id)
-        _check_given("target_path", request.target_path)
+        check_given("target_path", request.target_path)
         if not request.HasField("volume_capability"):
             _missing("volume_capability")
         return Request(
@@ -163,12 +163,13 @@ def statistics(mount: Mount | None, problem: str) -> csi_pb2.NodeGetVolumeStatsR
 
 
 def _check_volume(volume: str) -> None:
-    _check_given("volume_id", volume)
+    check_given("volume_id", volume)
     if len(volume) > VOLUME_ID_CHARACTERS_MAX or not volume.isprintable():
         raise Invalid(f"The volume_id is no name: expected at most {VOLUME_ID_CHARACTERS_MAX} printable characters.")
 
 
-def _check_given(name: str, value: str) -> None:
+def check_given(name: str, value: object) -> None:
+    """Raises Invalid where a field that CSI requires is empty. For `manta_csi.controller` too."""
     if not value:
         _missing(name)
 

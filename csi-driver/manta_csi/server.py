@@ -18,7 +18,7 @@ from pathlib import Path
 
 import grpc.aio
 
-from manta.errors import Denied, InUse, MantaError, Unavailable
+from manta.errors import Denied, InUse, Unavailable
 from manta_csi import __version__
 from manta_csi.controller import Controller
 from manta_csi.daemon import Daemon
@@ -228,8 +228,6 @@ async def probe(endpoint: Path, *, ready: bool, timeout_s: float) -> str:
             answer = await csi_pb2_grpc.IdentityStub(channel).Probe(csi_pb2.ProbeRequest(), timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         return f"No CSI driver answers at {endpoint} within {timeout_s:g} s ({error.code().name})."
-    except MantaError as error:
-        return error.message
     if ready and not answer.ready.value:
         return "The CSI driver answers, and the Manta daemon behind it does not."
     return ""
