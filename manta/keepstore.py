@@ -114,9 +114,7 @@ class Keepstore:
     def _accept(self) -> None:
         with suppress(BlockingIOError, ConnectionError):
             connection, _ = self._listener.accept()
-            _, uid, _ = _CREDENTIALS.unpack(
-                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
+            uid = user_of(connection)
             if uid != os.geteuid() or len(self._connections) >= CONNECTIONS_MAX:
                 _say("WARNING", f"a connection by user {uid} is refused; {len(self._connections)} are open")
                 connection.close()
@@ -136,14 +134,9 @@ class Keepstore:
                 return
             except ConnectionResetError:
                 continue  # it ended without reading all; what it said before comes next
-            fds = [
-                fd
-                for _level, kind, payload in ancillary
-                if kind == socket.SCM_RIGHTS
-                for (fd,) in struct.iter_unpack("=i", payload[: len(payload) // 4 * 4])
-            ]
+            fds = descriptors_in(ancillary)
             if data and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                said = dict(line.split("=", 1) for line in data.decode(errors="replace").split("\n") if "=" in line)
+                said = said_in(data)
                 if fd == self._daemon:
                     self._obey(said, fds)
                 elif said.get("TAKE") == "1":
@@ -235,6 +228,31 @@ class Keepstore:
         self._let_go()
         if self._daemon != -1:
             self._close(self._daemon)  # it has them too, and deposits them again when it is ready after all
+
+
+# What both sides of a connection read; the daemon's is `manta.operations.remote_keeping` ---------------------------------
+
+
+def user_of(connection: socket.socket) -> int:
+    """The user id of who is at the other end."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    return int(uid)
+
+
+def said_in(data: bytes) -> dict[str, str]:
+    """The NAME=VALUE lines of a message."""
+    return dict(line.split("=", 1) for line in data.decode(errors="replace").split("\n") if "=" in line)
+
+
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Those that came with a message; the caller's now."""
+    return [
+        fd
+        for _level, kind, payload in ancillary
+        if kind == socket.SCM_RIGHTS
+        for (fd,) in struct.iter_unpack("=i", payload[: len(payload) // 4 * 4])
+    ]
 
 
 def _listen(path: str) -> socket.socket:

@@ -11,7 +11,6 @@ import logging
 import os
 import select
 import socket
-import struct
 import time
 from pathlib import Path
 from typing import Self
@@ -32,8 +31,6 @@ HANDOVER_S = 30.0
 RETRY_S = 0.05
 PAUSE_S_MAX = 2.0
 """Between looks for the keeper: doubled from RETRY_S. Nobody waits for it, but until it is there a crash ends what is mounted."""
-
-_CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 
 
 class RemoteKeeping(Keeping):
@@ -182,7 +179,7 @@ def _connected(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
         connection.connect(path)
-        _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        uid = keepstore.user_of(connection)
         if uid not in {0, os.geteuid()}:
             log.error("who listens at %s is user %d, and gets nothing: it must be root or this user", path, uid)
             raise Gone
@@ -203,18 +200,13 @@ def _answer(connection: socket.socket) -> dict[str, int] | None:
             )
             if not data:
                 raise Gone
-            said = dict(line.split("=", 1) for line in data.decode(errors="replace").split("\n") if "=" in line)
+            said = keepstore.said_in(data)
             if "LISTEN_FDS" in said:
                 break
             log.info("the keeper has another daemon: waiting for its end")
     except BlockingIOError:
         return None
-    fds = [
-        fd
-        for _level, kind, payload in ancillary
-        if kind == socket.SCM_RIGHTS
-        for (fd,) in struct.iter_unpack("=i", payload[: len(payload) // 4 * 4])
-    ]
+    fds = keepstore.descriptors_in(ancillary)
     names = said.get("LISTEN_FDNAMES", "").split(":")
     kept: dict[str, int] = {}
     for name, fd in zip(names, fds, strict=False):
