@@ -632,12 +632,7 @@ class Daemon:
     async def mount(self, request: MountRequest) -> Mount:
         self._refuse_when_stopping()
         mounted = await self._mounts.create(request, self._access(request, ""))
-        if request.pin:
-            try:
-                await self._keep(mounted)
-            except BaseException:
-                self._mounts.remove(mounted.id)
-                raise
+        await self._mounts.pin(mounted, self._keep)
         if self._direct:
             try:
                 with trio.CancelScope(shield=True):

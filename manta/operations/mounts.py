@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,6 +281,16 @@ class Mounts:
         mounted.created = trio.current_time() if not mounted.confirmed else mounted.created
         self._record(mounted)
 
+    async def pin(self, mounted: Mounted, pin: Callable[[Mounted], Awaitable[None]]) -> None:
+        """Has what it shows pinned, where it was asked for so. Where that fails the mount ends, and the error is raised."""
+        if mounted.request.pin:
+            try:
+                await pin(mounted)
+            except BaseException:
+                with suppress(Absent):  # it has ended meanwhile
+                    self.remove(mounted.id)
+                raise
+
     async def authorise(self, mounted: Mounted) -> None:
         """Asks whether it could be mounted now. Raises Denied where not, which is noted with the mount, and it stays as it is; Unavailable
         where that cannot be said. Of a mount of the whole hub each repo is asked about when it is opened."""
@@ -399,6 +410,11 @@ class Mounts:
 
     # What they show ------------------------------------------------------------------------------------------------------
 
+    def shown(self, mounted: Mounted) -> Sequence[Contents]:
+        """The mounted folder; of the whole hub, the repos that were opened."""
+        contents = self.contents(mounted)
+        return [contents] if contents is not None else [snapshot.contents for snapshot in mounted.scope.held.values()]
+
     def source(self, mounted: Mounted) -> str:
         """The directory to bind."""
         return mounted.directory if self._root is None else str(self._root / mounted.id)
@@ -438,9 +454,7 @@ class Mounts:
         `rates`: what comes for each blob that is being fetched.
         """
         scope, target = mounted.scope, mounted.target
-        whole_hub = [snapshot.contents for snapshot in scope.held.values()]
-        contents = self.contents(mounted)
-        shown = [contents] if contents is not None else whole_hub
+        shown = self.shown(mounted)
         return Mount(
             id=mounted.id,
             target=mounted.request.target,

@@ -79,13 +79,7 @@ class Publications:
         if len(self._mounts.published) >= PUBLICATIONS_MAX:
             raise InUse(f"This node has {PUBLICATIONS_MAX} volumes published already: unpublish one first.")
         mounted = await self._mounts.create(request, access, name)
-        if request.pin:
-            try:
-                await self._pin(mounted)
-            except BaseException:
-                if self._mounts.published.get(name) is mounted:
-                    self._mounts.remove(mounted.id)
-                raise
+        await self._mounts.pin(mounted, self._pin)
         return mounted
 
     async def _again(self, mounted: Mounted, request: MountRequest, access: Access) -> None:

@@ -36,8 +36,7 @@ def volumes(
         key = pod.namespace, pod.name, str(mounted.target.repo) if mounted.target is not None else ""
         if key not in found and len(found) >= VOLUMES_MAX:
             continue
-        whole = mounts.contents(mounted)
-        shown = [whole] if whole is not None else [snapshot.contents for snapshot in mounted.scope.held.values()]
+        shown = mounts.shown(mounted)
         before = found.get(key, Volume(*key))
         found[key] = Volume(
             *key,
