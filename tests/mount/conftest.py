@@ -30,6 +30,15 @@ def true_digest(at: int, end: int) -> str:
     return hashlib.sha256(GeneratedContent("big", BIG_SIZE).read(at, end)).hexdigest()
 
 
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The true bytes of BIG_FILE, on the disk."""
+    path = tmp_path_factory.mktemp("truth") / BIG_FILE
+    with path.open("wb") as out:
+        out.writelines(GeneratedContent("big", BIG_SIZE).pieces())
+    return path
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "session" not in metafunc.fixturenames:
         return

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from manta.testing import pods
-from manta.testing.hub import GeneratedContent, HubProcess
+from manta.testing.hub import HubProcess
 from manta.testing.pods import Container, Volume
 from tests.mount.conftest import BIG, BIG_FILE, BIG_SIZE, true_digest
 from tests.mount.holder import Holder
@@ -129,14 +129,6 @@ def site(hub: HubProcess) -> Iterator[Site]:
             yield made
         finally:
             print(made.log.read_text(errors="replace")[-8000:] if made.log.exists() else "")  # shown where a test fails
-
-
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("truth") / BIG_FILE
-    with path.open("wb") as out:
-        out.writelines(GeneratedContent("big", BIG_SIZE).pieces())
-    return path
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from manta import keeper
 from manta.config import load
 from manta.control.binding import mounts, unbind
 from manta.testing import scratch
-from manta.testing.hub import GeneratedContent, HubProcess
+from manta.testing.hub import HubProcess
 from manta.testing.hub.standard import GATED, MANY, MANY_COUNT, MODEL, READER_TOKEN
 from tests.mount.conftest import BIG, BIG_FILE, BIG_SIZE, true_digest
 from tests.mount.holder import Holder
@@ -34,15 +34,6 @@ pytestmark = pytest.mark.only("kernel")
 MIB = 1024 * 1024
 SHELF = MANY_COUNT // 7
 """Entries of one folder of MANY: more than fit one reply of the kernel's protocol."""
-
-
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The true bytes of BIG_FILE, on the disk."""
-    path = tmp_path_factory.mktemp("truth") / BIG_FILE
-    with path.open("wb") as out:
-        out.writelines(GeneratedContent("big", BIG_SIZE).pieces())
-    return path
 
 
 class Readers:
